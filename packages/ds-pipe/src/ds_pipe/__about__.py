@@ -1,0 +1,3 @@
+"""The version of ds-pipe: the one place it is written (pyproject.toml and the package read it from here)."""
+
+__version__ = "0.1.0"
