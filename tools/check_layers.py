@@ -79,7 +79,8 @@ def imported(module: Module, known: dict[str, Module]) -> Iterator[tuple[int, st
                 source = ".".join([*above, *([source] if source else [])])
             yield from ((node.lineno, f"{source}.{alias.name}") for alias in node.names)
         elif isinstance(node, ast.Call) and ast.unparse(node.func).endswith(("import_module", "__import__")):
-            yield from ((node.lineno, arg.value) for arg in node.args[:1] if isinstance(arg, ast.Constant))
+            literals = (arg.value for arg in node.args[:1] if isinstance(arg, ast.Constant))
+            yield from ((node.lineno, name) for name in literals if isinstance(name, str))
         elif lazy and isinstance(node, ast.Constant) and isinstance(node.value, str):
             name = parent + node.value if node.value.startswith(".") else node.value
             if name in known and name != module.name:

@@ -100,8 +100,7 @@ def attributes(node: ast.ClassDef) -> set[str]:
             continue
         me = method.args.args[0].arg
         for item in ast.walk(method):
-            stored = isinstance(item, ast.Attribute) and isinstance(item.ctx, ast.Store)
-            if stored and isinstance(item.value, ast.Name) and item.value.id == me:
+            if isinstance(item, ast.Attribute) and isinstance(item.ctx, ast.Store) and ast.unparse(item.value) == me:
                 names.add(item.attr)
     return names
 
@@ -122,8 +121,8 @@ def check_errors(sources: list[Source]) -> Iterator[str]:
                     bases[node.name] = (f"{source.path}:{node.lineno}", names)
         errors = {name: where for name, (where, _) in bases.items() if ancestors(name, bases) & BUILTIN_ERRORS}
         if len(errors) > PACKAGE_ERRORS:
-            where, names = next(iter(errors.values())), ", ".join(errors)
-            yield f"{where}: {package} has {len(errors)} exception classes ({names}), the limit is {PACKAGE_ERRORS}"
+            where, listed = next(iter(errors.values())), ", ".join(errors)
+            yield f"{where}: {package} has {len(errors)} exception classes ({listed}), the limit is {PACKAGE_ERRORS}"
         roots = set().union(*(names for _, names in bases.values()))
         for name, where in errors.items():
             if name not in roots and not ancestors(name, bases) & (BUILTIN_ERRORS - {"Exception", "BaseException"}):
