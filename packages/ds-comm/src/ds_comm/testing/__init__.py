@@ -1,6 +1,6 @@
 """Test helpers for code that runs on many ranks; import it from tests only.
 
-- `run_ranks` runs a module-level function on N real ranks of a pool of processes that lives as long as the session (`pool`).
+- `run_ranks` runs a module-level function on N real ranks: processes that live as long as the session (`pool`).
 - `fake_world` makes this process one rank of a world of any size in which collectives do nothing (`fake`).
 
 Neither opens a port, and importing this package starts nothing: the pool's processes start at the first `run_ranks`.
@@ -8,7 +8,8 @@ Neither opens a port, and importing this package starts nothing: the pool's proc
 
 from __future__ import annotations
 
+from ds_comm.testing.failure import Died, Failure, RankFailure
 from ds_comm.testing.fake import fake_world
-from ds_comm.testing.pool import Died, Failure, RankFailure, RankPool, run_ranks
+from ds_comm.testing.pool import RankPool, run_ranks
 
 __all__ = ["Died", "Failure", "RankFailure", "RankPool", "fake_world", "run_ranks"]

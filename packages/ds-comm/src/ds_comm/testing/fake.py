@@ -4,7 +4,7 @@ It is for *plans*: which collectives a rank issues, in what order, with how many
 1,024 ranks as at two. It is not for numbers: after an `all_reduce` the tensor holds what it held before.
 
 Invariants
-  - The world exists inside the `with` block only; process group and environment are as before afterwards, also after an error.
+  - The world exists inside the `with` block only; afterwards, and after an error, all is as before.
   - No process, port or file is involved, so worlds of a thousand ranks cost milliseconds.
 """
 
@@ -44,8 +44,9 @@ def fake_world(rank: int = 0, world_size: int = 8, *, ranks_per_node: int | None
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(world_size))
     os.environ.update(LOCAL_RANK=str(rank % local_size), LOCAL_WORLD_SIZE=str(local_size))
     try:
-        # A HashStore, not torch's FakeStore: the latter cannot even answer `set`, which code above a group may use.
-        dist.init_process_group("fake", store=dist.HashStore(), rank=rank, world_size=world_size)
+        # Not torch's FakeStore: that one cannot even answer `set`, which code above a group may use.
+        store = dist.HashStore()  # type: ignore[attr-defined]  # public, but missing in torch's export list
+        dist.init_process_group("fake", store=store, rank=rank, world_size=world_size)
         ds_comm.init_distributed()
         yield
     finally:
