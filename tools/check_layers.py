@@ -3,8 +3,9 @@
 Three rules, over every module of `packages/*/src` (imports inside functions and under TYPE_CHECKING count as well):
 
 1. A package imports only the siblings that `ALLOWED` names.
-2. No import circle of any size, within a package or between packages. Names that a module-level `__getattr__` loads
-   (PEP 562) are imports too: string constants there that name a module are edges of the graph.
+2. No import circle of any size, within a package or between packages. What a module-level `__getattr__` loads
+   (PEP 562) counts as imported: strings in such a module that name a module, absolutely ("deepspeed.engine",
+   "deepspeed.engine:DeepSpeedEngine") or as a child of it ("engine"), are edges of the graph.
 3. No `_private` name or module of one package is used by another; examples, benchmarks and docs are outsiders as well.
 
 Run: `python tools/check_layers.py [ROOT]`. Each finding is a line `path:line: what is wrong`; exit status 1 if any.
@@ -13,6 +14,7 @@ Run: `python tools/check_layers.py [ROOT]`. Each finding is a line `path:line: w
 from __future__ import annotations
 
 import ast
+import re
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -43,6 +45,13 @@ class Module:
     def package(self) -> str:
         return self.name.partition(".")[0]
 
+    def binds(self, name: str) -> bool:
+        """Whether `name` is defined or assigned at module level."""
+        functions = {node.name for node in self.tree.body if isinstance(node, ast.FunctionDef)}
+        targets = [target for node in self.tree.body if isinstance(node, ast.Assign) for target in node.targets]
+        names = {leaf.id for target in targets for leaf in ast.walk(target) if isinstance(leaf, ast.Name)}
+        return name in functions | names
+
 
 def sources(root: Path) -> Iterator[tuple[Path, Path]]:
     """Each source file with the folder its dotted name starts at."""
@@ -68,7 +77,7 @@ def load(root: Path) -> dict[str, Module]:
 def imported(module: Module, known: dict[str, Module]) -> Iterator[tuple[int, str]]:
     """Each import of `module`, absolute; `from a import b` is `a.b`, a name of `a` or a module below it."""
     parent = module.name if module.is_package else module.name.rpartition(".")[0]
-    lazy = any(isinstance(node, ast.FunctionDef) and node.name == "__getattr__" for node in module.tree.body)
+    lazy = module.binds("__getattr__")
     for node in ast.walk(module.tree):
         if isinstance(node, ast.Import):
             yield from ((node.lineno, alias.name) for alias in node.names)
@@ -82,9 +91,12 @@ def imported(module: Module, known: dict[str, Module]) -> Iterator[tuple[int, st
             literals = (arg.value for arg in node.args[:1] if isinstance(arg, ast.Constant))
             yield from ((node.lineno, name) for name in literals if isinstance(name, str))
         elif lazy and isinstance(node, ast.Constant) and isinstance(node.value, str):
-            name = parent + node.value if node.value.startswith(".") else node.value
-            if name in known and name != module.name:
-                yield node.lineno, name
+            text = node.value.replace(":", ".")
+            child = f"{parent}.{text.removeprefix('.')}"
+            if (module_of(child, known) or "").startswith(f"{parent}."):
+                yield node.lineno, child
+            elif re.fullmatch(r"\w+(\.\w+)+", text) and module_of(text, known):
+                yield node.lineno, text
 
 
 def module_of(target: str, known: dict[str, Module]) -> str | None:

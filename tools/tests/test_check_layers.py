@@ -110,11 +110,34 @@ def test_a_circle_is_found(write: Write, tmp_path: Path, last: str) -> None:
     ]
 
 
-def test_a_lazy_name_table_is_a_set_of_imports(write: Write, tmp_path: Path) -> None:
-    write(f"{DEEP}__init__.py", "_LAZY = {'run': 'deepspeed.engine'}\ndef __getattr__(name):\n    ...\n")
+@pytest.mark.parametrize(
+    "text",
+    [
+        "_LAZY = {'run': 'deepspeed.engine'}\ndef __getattr__(name):\n    ...\n",
+        "__getattr__, __dir__ = attach(__name__, {'run': 'deepspeed.engine:run'})\n",
+        "__getattr__, __dir__ = attach(__name__, {}, ['engine'])\n",
+        "__getattr__ = attach(__name__, ['.engine'])\n",
+        "'''Docs. deepspeed.errors of engine.'''\ndef __getattr__(name):\n    return load('engine')\n",
+    ],
+)
+def test_a_lazy_name_table_is_a_set_of_imports(write: Write, tmp_path: Path, text: str) -> None:
+    write(f"{DEEP}__init__.py", text)
     write(f"{DEEP}engine.py", "from deepspeed import run\n")
     (found,) = findings(tmp_path)
     assert "import circle of 2: deepspeed, deepspeed.engine" in found
+
+
+def test_a_lazy_table_below_that_names_its_parent_is_a_circle(write: Write, tmp_path: Path) -> None:
+    write(f"{DEEP}__init__.py", "from deepspeed.comm import x\n")
+    write(f"{DEEP}comm/__init__.py", "__getattr__ = attach({'x': 'deepspeed:initialize'})\n")
+    (found,) = findings(tmp_path)
+    assert "import circle of 2: deepspeed, deepspeed.comm" in found
+
+
+def test_strings_of_a_module_without_getattr_are_no_imports(write: Write, tmp_path: Path) -> None:
+    write(f"{DEEP}__init__.py", "NAMES = ['deepspeed.engine', 'engine']\n")
+    write(f"{DEEP}engine.py", "from deepspeed import run\n")
+    assert findings(tmp_path) == []
 
 
 def test_the_command_counts_and_fails(write: Write, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
