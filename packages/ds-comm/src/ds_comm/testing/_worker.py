@@ -181,10 +181,10 @@ def _enter_world(call: Call) -> None:
     patience = timedelta(seconds=max(call.timeout - 5.0, call.timeout / 2))
     dist.init_process_group("gloo", store=store, rank=call.rank, world_size=call.world_size, timeout=patience)
     ds_comm.init_distributed(timeout=patience)
-    seed_everything()
+    _seed_everything()
 
 
-def seed_everything() -> None:
+def _seed_everything() -> None:
     """Seed `random`, torch, and numpy where it is loaded: alike on every rank, as models are built alike."""
     random.seed(_SEED)
     torch.manual_seed(_SEED)
