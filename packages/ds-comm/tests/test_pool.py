@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+import threading
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +20,7 @@ import torch
 import torch.distributed as dist
 
 import ds_comm
-from ds_comm.testing import Died, RankFailure, run_ranks
+from ds_comm.testing import Died, RankFailure, RankPool, run_ranks
 
 
 @dataclass
@@ -299,6 +300,30 @@ def test_bad_sizes() -> None:
     for arguments in ({"world_size": 0}, {"world_size": 2, "expect_death": [2]}):
         with pytest.raises(ValueError, match="world_size="):
             run_ranks(process_id, **arguments)  # type: ignore[arg-type]
+
+
+def test_workers_survive_the_thread_that_started_them() -> None:
+    pool, results = RankPool(), []
+    try:
+        thread = threading.Thread(target=lambda: results.extend(pool.run(process_id, 1)))
+        thread.start()
+        thread.join()
+        assert pool.run(process_id, 1) == results
+    finally:
+        pool.close()
+
+
+def test_a_closed_pool_starts_again() -> None:
+    pool = RankPool()
+    try:
+        before = pool.run(process_id, 1)
+        assert pool.process_ids() == before
+        pool.close()
+        assert pool.process_ids() == []
+        assert not _running(before[0])
+        assert pool.run(process_id, 1) != before
+    finally:
+        pool.close()
 
 
 SCRIPT = """

@@ -14,6 +14,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from multiprocessing import Pipe
 
@@ -34,7 +35,9 @@ class Worker:
         # Append mode: the file can be cut to nothing between calls while the worker keeps writing at its end.
         self._output = tempfile.TemporaryFile(mode="a+b")  # noqa: SIM115 (lives as long as the worker)
         self.ready = False
-        code = f"from ds_comm.testing._worker import main; main({theirs.fileno()}, {os.getpid()})"
+        # The kernel counts the death of the *thread* that started a process as its parent's: ask for it in the main one.
+        parent = os.getpid() if threading.current_thread() is threading.main_thread() else None
+        code = f"from ds_comm.testing._worker import main; main({theirs.fileno()}, {parent})"
         env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
         if sys.platform == "linux":
             env.setdefault("GLOO_SOCKET_IFNAME", "lo")  # gloo would look up the host's name, which may not resolve

@@ -236,9 +236,10 @@ def _die_with(parent: int) -> None:
         os._exit(1)
 
 
-def main(fd: int, parent: int) -> None:
-    """Serve calls from the connection `fd` until it closes."""
-    _die_with(parent)
+def main(fd: int, parent: int | None) -> None:
+    """Serve calls from the connection `fd` until it closes, or until process `parent` dies (even within a call)."""
+    if parent is not None:
+        _die_with(parent)
     os.set_inheritable(fd, False)  # a child of a rank must not hold the connection open after the rank's death
     connection = Connection(fd)
     faulthandler.enable()
