@@ -35,7 +35,7 @@ class Worker:
         # Append mode: the file can be cut to nothing between calls while the worker keeps writing at its end.
         self._output = tempfile.TemporaryFile(mode="a+b")  # noqa: SIM115 (lives as long as the worker)
         self.ready = False
-        # The kernel counts the death of the *thread* that started a process as its parent's: ask for it in the main one.
+        # To the kernel, the parent is the *thread* that started the process: ask for its death in the main one only.
         parent = os.getpid() if threading.current_thread() is threading.main_thread() else None
         code = f"from ds_comm.testing._worker import main; main({theirs.fileno()}, {parent})"
         env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}

@@ -91,7 +91,7 @@ class _ByValue(pickle.Pickler):
         if obj.untyped_storage().nbytes() <= obj.nbytes:
             return NotImplemented
         compact = obj.detach().clone(memory_format=torch.contiguous_format).requires_grad_(obj.requires_grad)
-        return compact.__reduce_ex__(pickle.HIGHEST_PROTOCOL)  # type: ignore[no-untyped-call]
+        return compact.__reduce_ex__(pickle.HIGHEST_PROTOCOL)
 
 
 def dumps(obj: Any) -> bytes:
