@@ -1,0 +1,146 @@
+"""Documentation made from the models and the support table: the page docs/config.md and a JSON Schema for editors.
+
+`python -m deepspeed.config.document docs/config.md` rewrites the page; a test holds the committed one against it.
+"""
+
+from __future__ import annotations
+
+import sys
+import types
+import typing
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from deepspeed.config.base import Section
+from deepspeed.config.keys import ALIASES, Key, known_keys
+from deepspeed.config.model import ConfigModel
+from deepspeed.config.support import support_of
+
+__all__ = ["config_page", "json_schema"]
+
+_HEAD = """# The config, key by key
+
+<!-- Made by `python -m deepspeed.config.document docs/config.md` from the models and the support table: change
+those, not this page. -->
+
+`deepspeed.initialize(config=...)` takes a dict, the path of a JSON file (comments and trailing commas are fine), or
+base64 of JSON; `--deepspeed_config FILE` does the same from the command line. Unknown keys inside a section are
+errors that name the nearest key. At the top level a key close to a known one is an error as well; any other is a
+warning, and none if its name starts with `x-`. `"auto"` means "as if the key were not there".
+
+Status of a key:
+
+- **works**: it does what it says.
+- **no-op**: accepted and ignored, for the reason given; the log says so once.
+- **unsupported**: refused by name while the feature is on; a disabled block is accepted.
+"""
+
+
+def config_page() -> str:
+    """The Markdown page: one table per section."""
+    keys = list(known_keys(ConfigModel))
+    lines = [_HEAD, "## Top level", "", *_table([key for key in keys if "." not in key.path and key.section is None])]
+    for section in (key for key in keys if key.section is not None):
+        own = [key for key in keys if key.path.rpartition(".")[0] == section.path and key.section is None]
+        if own:
+            lines += [
+                "",
+                f"## {section.path}",
+                "",
+                _oneline(section.section.__doc__ if section.section else ""),
+                "",
+                *_table(own),
+            ]
+    lines += ["", "## Other names", "", "| Name | Stands for |", "|---|---|", *_aliases()]
+    return "\n".join(lines) + "\n"
+
+
+def _table(keys: list[Key]) -> Iterator[str]:
+    yield "| Key | Type | Default | Status | Meaning |"
+    yield "|---|---|---|---|---|"
+    for key in keys:
+        entry = support_of(key.path)
+        status = entry.status + (f": {entry.note}" if entry.note else "")
+        cells = (
+            f"`{key.path.rpartition('.')[2]}`",
+            _type(key.field.annotation),
+            _default(key),
+            status,
+            _oneline(key.field.description),
+        )
+        yield "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
+
+
+def _aliases() -> Iterator[str]:
+    for section, names in ALIASES.items():
+        for alias, key in names.items():
+            yield f"| `{section + '.' if section else ''}{alias}` | `{key}` |"
+    yield '| `"zero_optimization": true` | stage 1, with the top-level `allgather_size` (deprecated) |'
+    for old, new in (("cpu_offload", "offload_optimizer"), ("cpu_offload_param", "offload_param")):
+        yield f'| `zero_optimization.{old}` | `{new}: {{"device": "cpu"}}` (deprecated) |'
+
+
+def _default(key: Key) -> str:
+    if key.field.is_required():
+        return "required"
+    value = key.field.get_default(call_default_factory=True)
+    if value == sys.maxsize:
+        return "no limit"
+    if value is None or isinstance(value, bool):
+        return "none" if value is None else str(value).lower()
+    if isinstance(value, tuple) and value and all("." in str(item) for item in value):
+        return ", ".join(f"`{str(item).rpartition('.')[2]}`" for item in value)
+    return f"`{list(value) if isinstance(value, tuple) else value}`"
+
+
+def _type(annotation: Any) -> str:
+    origin, args = typing.get_origin(annotation), typing.get_args(annotation)
+    if origin is typing.Literal:
+        return ", ".join(f'"{arg}"' for arg in args)
+    if origin is typing.Annotated:
+        return _type(args[0])
+    if origin in (typing.Union, types.UnionType):
+        return " or ".join(_type(arg) for arg in args if arg is not type(None))
+    if origin is tuple:
+        return f"list of {_type(args[0])}"
+    if origin is dict:
+        return "block"
+    names = {bool: "bool", int: "int", float: "number", str: "text"}
+    return names.get(annotation, "block" if isinstance(annotation, type) and issubclass(annotation, Section) else "any")
+
+
+def _oneline(text: str | None) -> str:
+    return " ".join((text or "").split())
+
+
+def json_schema() -> dict[str, Any]:
+    """A JSON Schema of the config file, for editors: set `"$schema"` to where it was written. "auto" and other names
+    of keys are allowed.
+    """
+    schema = ConfigModel.model_json_schema()
+    schema["$schema"] = "https://json-schema.org/draft/2020-12/schema"
+    schema["title"] = "DeepSpeed config"
+    schema["additionalProperties"] = True  # clients send extras at the top level; they are warned about
+    definitions = schema.get("$defs", {})
+    for block in (schema, *definitions.values()):
+        for name, field in block.get("properties", {}).items():
+            block["properties"][name] = {
+                "anyOf": [field, {"const": "auto"}],
+                "description": field.get("description", ""),
+            }
+    for section, names in ALIASES.items():
+        owner = schema if not section else definitions[_model_name(section)]
+        for alias, key in names.items():
+            owner["properties"][alias] = {**owner["properties"][key], "description": f"Another name of {key}."}
+    return schema
+
+
+def _model_name(section: str) -> str:
+    return next(
+        key.section.__name__ for key in known_keys(ConfigModel) if key.path == section and key.section is not None
+    )
+
+
+if __name__ == "__main__":
+    Path(sys.argv[1]).write_text(config_page(), encoding="utf-8")
