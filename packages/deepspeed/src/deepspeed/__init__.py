@@ -1,0 +1,174 @@
+"""deepspeed: train and serve PyTorch models that do not fit one device.
+
+    engine, optimizer, loader, scheduler = deepspeed.initialize(
+        model=model, model_parameters=model.parameters(), config=config
+    )
+    loss = engine(batch)
+    engine.backward(loss)
+    engine.step()
+
+Every name below is imported on first use, so `import deepspeed` itself imports nothing, torch included. Names that
+DeepSpeed has and this release does not yet are listed in `_LATER`; using one says which package brings it.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import TYPE_CHECKING, Any
+
+from deepspeed.__about__ import __version__
+from deepspeed._lazy import FunctionsOverModules, attach
+
+if TYPE_CHECKING:
+    from deepspeed import (
+        accelerator,
+        checkpoint,
+        comm,
+        events,
+        git_version_info,
+        launcher,
+        monitor,
+        ops,
+        runtime,
+        utils,
+    )
+    from deepspeed.accelerator import get_accelerator
+    from deepspeed.comm import init_distributed
+    from deepspeed.dataloader import DeepSpeedDataLoader
+    from deepspeed.engine import DeepSpeedEngine
+    from deepspeed.errors import DeepSpeedConfigError
+    from deepspeed.initialize import add_config_arguments, initialize
+    from deepspeed.runtime import zero
+    from deepspeed.runtime.activation_checkpointing import checkpointing
+    from deepspeed.runtime.base_optimizer import (
+        DeepSpeedOptimizer,
+        DeepSpeedOptimizerCallable,
+        DeepSpeedSchedulerCallable,
+    )
+    from deepspeed.runtime.config import DeepSpeedConfig
+    from deepspeed.utils.init_on_device import OnDevice
+    from deepspeed.utils.logging import log_dist, logger
+
+    HAS_TRITON: bool
+    dist: Any
+
+TORCH_DISTRIBUTED_DEFAULT_PORT = 29500
+ADAM_OPTIMIZER = "adam"
+LAMB_OPTIMIZER = "lamb"
+MUON_OPTIMIZER = "muon"
+
+__version_major__, __version_minor__, __version_patch__ = (int(part) for part in __version__.split(".")[:3])
+__git_hash__ = "unknown"
+__git_branch__ = "unknown"
+
+_NAMES = {
+    "DeepSpeedConfig": "deepspeed.runtime.config:DeepSpeedConfig",
+    "DeepSpeedConfigError": "deepspeed.errors:DeepSpeedConfigError",
+    "DeepSpeedDataLoader": "deepspeed.dataloader:DeepSpeedDataLoader",
+    "DeepSpeedEngine": "deepspeed.engine:DeepSpeedEngine",
+    "DeepSpeedOptimizer": "deepspeed.runtime.base_optimizer:DeepSpeedOptimizer",
+    "DeepSpeedOptimizerCallable": "deepspeed.runtime.base_optimizer:DeepSpeedOptimizerCallable",
+    "DeepSpeedSchedulerCallable": "deepspeed.runtime.base_optimizer:DeepSpeedSchedulerCallable",
+    "OnDevice": "deepspeed.utils.init_on_device:OnDevice",
+    "add_config_arguments": "deepspeed.initialize:add_config_arguments",
+    "checkpointing": "deepspeed.runtime.activation_checkpointing.checkpointing",
+    "get_accelerator": "deepspeed.accelerator.real_accelerator:get_accelerator",
+    "init_distributed": "deepspeed.comm.comm:init_distributed",
+    "initialize": "deepspeed.initialize:initialize",
+    "log_dist": "deepspeed.utils.logging:log_dist",
+    "logger": "deepspeed.utils.logging:logger",
+    "zero": "deepspeed.runtime.zero",
+}
+_SUBMODULES = (
+    "accelerator",
+    "checkpoint",
+    "comm",
+    "events",
+    "git_version_info",
+    "launcher",
+    "monitor",
+    "ops",
+    "runtime",
+    "utils",
+)
+_TENSOR_PARALLEL = "tensor parallelism, a later part of ds-inference"
+_LATER = {
+    "DeepSpeedHybridEngine": "ds-inference",
+    "DeepSpeedInferenceConfig": "ds-inference",
+    "DeepSpeedTransformerConfig": "ds-kernels",
+    "DeepSpeedTransformerLayer": "ds-kernels",
+    "DualPipeVEngine": "ds-pipe",
+    "DualPipeVModule": "ds-pipe",
+    "InferenceEngine": "ds-inference",
+    "PipelineEngine": "ds-pipe",
+    "PipelineModule": "ds-pipe",
+    "default_inference_config": "ds-inference",
+    "inference": "ds-inference",
+    "init_inference": "ds-inference",
+    "linear": "ds-kernels",
+    "module_inject": "ds-inference",
+    "moe": "mixture of experts, a later part of ds-zero",
+    "pipe": "ds-pipe",
+    "replace_transformer_layer": "ds-inference",
+    "sequence": "sequence parallelism, a later part of ds-zero",
+    "set_autotp_mode": _TENSOR_PARALLEL,
+    "set_optimizer_flags": "the Muon optimizer, a later part of ds-kernels",
+    "tp_model_init": _TENSOR_PARALLEL,
+}
+
+_get, __dir__ = attach(__name__, _NAMES, _SUBMODULES, _LATER)
+
+
+def __getattr__(name: str) -> Any:
+    if name == "HAS_TRITON":
+        from importlib.util import find_spec
+
+        return find_spec("triton") is not None
+    if name == "dist":  # None until communication is initialised, then deepspeed.comm; hence never cached
+        comm = sys.modules.get("deepspeed.comm")
+        return comm if comm is not None and comm.is_initialized() else None
+    return _get(name)
+
+
+sys.modules[__name__].__class__ = FunctionsOverModules
+
+__all__ = [
+    "ADAM_OPTIMIZER",
+    "HAS_TRITON",
+    "LAMB_OPTIMIZER",
+    "MUON_OPTIMIZER",
+    "TORCH_DISTRIBUTED_DEFAULT_PORT",
+    "DeepSpeedConfig",
+    "DeepSpeedConfigError",
+    "DeepSpeedDataLoader",
+    "DeepSpeedEngine",
+    "DeepSpeedOptimizer",
+    "DeepSpeedOptimizerCallable",
+    "DeepSpeedSchedulerCallable",
+    "OnDevice",
+    "__git_branch__",
+    "__git_hash__",
+    "__version__",
+    "__version_major__",
+    "__version_minor__",
+    "__version_patch__",
+    "accelerator",
+    "add_config_arguments",
+    "checkpoint",
+    "checkpointing",
+    "comm",
+    "dist",
+    "events",
+    "get_accelerator",
+    "git_version_info",
+    "init_distributed",
+    "initialize",
+    "launcher",
+    "log_dist",
+    "logger",
+    "monitor",
+    "ops",
+    "runtime",
+    "utils",
+    "zero",
+]

@@ -1,0 +1,1 @@
+"""Activation checkpointing (see `checkpointing.py`, which is also `deepspeed.checkpointing`)."""

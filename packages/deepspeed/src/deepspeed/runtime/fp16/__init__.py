@@ -1,0 +1,1 @@
+"""Upstream's path of loss scaling (see `loss_scaler.py`)."""

@@ -1,0 +1,15 @@
+"""Upstream's path of the optimizer of ZeRO stages 1 and 2. One class serves all stages here."""
+
+from deepspeed.runtime.zero.memory_estimators import (
+    estimate_zero2_model_states_mem_needs,
+    estimate_zero2_model_states_mem_needs_all_cold,
+    estimate_zero2_model_states_mem_needs_all_live,
+)
+from ds_zero import ZeroOptimizer as DeepSpeedZeroOptimizer
+
+__all__ = [
+    "DeepSpeedZeroOptimizer",
+    "estimate_zero2_model_states_mem_needs",
+    "estimate_zero2_model_states_mem_needs_all_cold",
+    "estimate_zero2_model_states_mem_needs_all_live",
+]
