@@ -1,0 +1,235 @@
+"""The verb `load`: fill live memory from a checkpoint written by any number of ranks at any stage.
+
+Each rank intersects what it needs (`ZeroOptimizer.import_targets()`) with what is stored and reads only that.
+Collective at its end: if one rank cannot read, all raise.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import logging
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ds_zero.checkpoint.commit import wait_for_pending_saves
+from ds_zero.checkpoint.peers import Peers, peers_of
+from ds_zero.checkpoint.progress import byte_progress
+from ds_zero.checkpoint.read import Checkpoint, Request, other_tags, resolve_tag
+from ds_zero.checkpoint.tree import decode_tree
+from ds_zero.errors import CheckpointError
+from ds_zero.layout import ParamSlot, Piece, ShardMap
+from ds_zero.state import MASTER, PARAM, StateSegment
+
+__all__ = ["LoadedCheckpoint", "load"]
+
+_LOGGER = logging.getLogger(__name__)
+_VALUES = (MASTER, PARAM)
+_MAX_NAMES = 10
+
+
+@dataclasses.dataclass(frozen=True)
+class LoadedCheckpoint:
+    """What `load` read besides the segments.
+
+    `rank_extra` is None when the checkpoint was written by another number of ranks. `missing` are the model's names
+    that the checkpoint lacks (they keep their values), `unexpected` the checkpoint's that the model lacks.
+    """
+
+    path: Path
+    tag: str
+    extra: dict[str, Any]
+    rank_extra: dict[str, Any] | None
+    buffers: dict[str, torch.Tensor]
+    world_size: int
+    missing: tuple[str, ...]
+    unexpected: tuple[str, ...]
+
+
+@dataclasses.dataclass
+class _Differences:
+    missing: list[str] = dataclasses.field(default_factory=list)
+    unexpected: list[str] = dataclasses.field(default_factory=list)
+    mismatched: list[str] = dataclasses.field(default_factory=list)
+
+    def describe(self) -> str:
+        parts = []
+        for what, names in (
+            ("missing from the checkpoint", self.missing),
+            ("unexpected in the checkpoint", self.unexpected),
+            ("of another shape", self.mismatched),
+        ):
+            if names:
+                more = f" and {len(names) - _MAX_NAMES} more" if len(names) > _MAX_NAMES else ""
+                parts.append(f"{len(names)} {what}: {', '.join(names[:_MAX_NAMES])}{more}")
+        return "; ".join(parts)
+
+
+def load(
+    directory: str | os.PathLike[str],
+    targets: Sequence[StateSegment],
+    *,
+    shard_map: ShardMap,
+    tag: str | None = None,
+    peers: Peers | None = None,
+    group: Any = None,
+    weights_only: bool = False,
+    strict: bool = True,
+) -> LoadedCheckpoint | None:
+    """Read a checkpoint into `targets`; collective over `peers` (default: the ranks of `group`).
+
+    Args:
+        targets: writable views of everything this rank needs; their scalars are replaced too.
+        shard_map: the layout of the whole model, for comparing names and shapes.
+        tag: default: what `latest` names.
+        weights_only: leave the optimizer's state and scalars alone.
+        strict: raise when parameters or state keys differ; otherwise what is common is loaded.
+    Returns:
+        None if `tag` is None and there is no `latest`.
+    Raises:
+        CheckpointError: on all ranks; nothing to load, damaged (file, chunk, checksums, and which other tags are
+            complete), or of another model. After a damaged file the targets may be partly overwritten.
+    """
+    peers = peers_of(group) if peers is None else peers
+    result: LoadedCheckpoint | None = None
+    error: str | None = None
+    try:
+        wait_for_pending_saves()
+        root = Path(directory).absolute()
+        found = resolve_tag(root, tag)
+        if found is not None:
+            result = _load(Checkpoint(root, found), targets, shard_map, peers, weights_only, strict)
+    except OSError as failure:
+        error = str(failure)
+    outcomes = peers.all_gather((error, result.tag if result else None), label=f"load_checkpoint {tag}: loaded")
+    failed = [(rank, text) for rank, (text, _) in enumerate(outcomes) if text is not None]
+    if failed:
+        same = len(failed) == peers.size and len({text for _, text in failed}) == 1
+        where = "" if same else f"rank {failed[0][0]}: "
+        raise CheckpointError(where + failed[0][1])
+    if len({name for _, name in outcomes}) > 1:
+        raise CheckpointError(f"the ranks found different tags in {directory}: {[name for _, name in outcomes]}")
+    return result
+
+
+def _load(
+    checkpoint: Checkpoint,
+    targets: Sequence[StateSegment],
+    shard_map: ShardMap,
+    peers: Peers,
+    weights_only: bool,
+    strict: bool,
+) -> LoadedCheckpoint:
+    differences = compare(checkpoint, shard_map, targets, weights_only=weights_only)
+    text = differences.describe()
+    if differences.mismatched or (text and strict):
+        raise CheckpointError(f"{checkpoint.path} is a checkpoint of another model: {text}")
+    if text:
+        _LOGGER.warning("%s: %s", checkpoint.path, text)
+    requests = list(_requests(checkpoint, targets, weights_only))
+    with _naming_alternatives(checkpoint):
+        with byte_progress(f"loading {checkpoint.tag}", sum(r.nbytes for r in requests), peers.rank) as progress:
+            checkpoint.execute(requests, progress)
+        extra = decode_tree(checkpoint.manifest.extra or {}, checkpoint.read_tensors("extra/"))
+        rank_extra = None
+        if checkpoint.manifest.world_size == peers.size:
+            own = checkpoint.read_tensors(f"rank_extra/{peers.rank}/")
+            rank_extra = decode_tree(checkpoint.manifest.rank_extra[peers.rank] or {}, own)
+        buffers = {name.partition("/")[2]: value for name, value in checkpoint.read_tensors("buffer/").items()}
+    if not weights_only:
+        _load_scalars(checkpoint, targets)
+    return LoadedCheckpoint(
+        path=checkpoint.path,
+        tag=checkpoint.tag,
+        extra=extra,
+        rank_extra=rank_extra,
+        buffers=buffers,
+        world_size=checkpoint.manifest.world_size,
+        missing=tuple(differences.missing),
+        unexpected=tuple(differences.unexpected),
+    )
+
+
+@contextlib.contextmanager
+def _naming_alternatives(checkpoint: Checkpoint) -> Iterator[None]:
+    try:
+        yield
+    except CheckpointError as error:
+        raise CheckpointError(f"{error}; {other_tags(checkpoint.directory, checkpoint.tag)}") from error
+
+
+def compare(
+    checkpoint: Checkpoint, shard_map: ShardMap, targets: Iterable[StateSegment] = (), *, weights_only: bool = True
+) -> _Differences:
+    """Names, shapes and state keys in which a model and a checkpoint differ; the same on every rank that asks."""
+    stored_names = checkpoint.manifest.names()
+    found = _Differences()
+    used: set[str] = set()
+    wanted_keys = {key for target in targets for key in target.tensors} - set(_VALUES)
+    for unit in shard_map.units:
+        for slot in unit.slots:
+            name = _stored_name(slot, stored_names)
+            if name is None:
+                if slot.numel and not (checkpoint.manifest.exclude_frozen and not unit.trainable):
+                    found.missing.append(slot.name)
+                continue
+            used.add(name)
+            param = checkpoint.manifest.params[name]
+            if param.shape != slot.shape:
+                found.mismatched.append(f"{slot.name} {list(param.shape)} (the model's is {list(slot.shape)})")
+            elif wanted_keys and unit.trainable and not weights_only:
+                stored_keys = set(param.keys) - set(_VALUES)
+                found.missing.extend(f"{slot.name}[{key}]" for key in sorted(wanted_keys - stored_keys))
+                found.unexpected.extend(f"{slot.name}[{key}]" for key in sorted(stored_keys - wanted_keys))
+    found.unexpected.extend(name for name in checkpoint.manifest.params if name not in used)
+    return found
+
+
+def _stored_name(slot: ParamSlot, stored_names: dict[str, str]) -> str | None:
+    for name in (slot.name, *slot.aliases):
+        if name in stored_names:
+            return stored_names[name]
+    return None
+
+
+def _pieces(checkpoint: Checkpoint, targets: Iterable[StateSegment]) -> Iterator[tuple[StateSegment, Piece, str]]:
+    """Each piece of each target together with the name it is stored under, where it is stored."""
+    stored_names = checkpoint.manifest.names()
+    for target in targets:
+        for piece in target.unit.pieces(target.start, target.stop):
+            name = _stored_name(piece.slot, stored_names)
+            if name is not None:
+                yield target, piece, name
+
+
+def _requests(checkpoint: Checkpoint, targets: Sequence[StateSegment], weights_only: bool) -> Iterator[Request]:
+    for target, piece, name in _pieces(checkpoint, targets):
+        keys = checkpoint.manifest.params[name].keys
+        for key, tensor in target.tensors.items():
+            source = checkpoint.value_key(name) if key in _VALUES else key
+            if source not in keys or (weights_only and key not in _VALUES):
+                continue
+            yield from checkpoint.requests(name, source, piece.start, tensor[piece.offset : piece.offset + piece.numel])
+
+
+def _load_scalars(checkpoint: Checkpoint, targets: Sequence[StateSegment]) -> None:
+    """Give each segment the scalars of its parameters; where a new layout joins differing ones, the largest."""
+    merged: dict[int, dict[str, float]] = {}
+    for target, _, name in _pieces(checkpoint, targets):
+        known = merged.setdefault(id(target), {})
+        for key, value in checkpoint.manifest.params[name].scalars.items():
+            if known.setdefault(key, value) != value:
+                _LOGGER.warning(
+                    "unit %s joins parameters with %s %s and %s; using the larger",
+                    target.unit.name,
+                    key,
+                    known[key],
+                    value,
+                )
+            known[key] = max(known[key], value)
+    for target in targets:
+        target.scalars.update(merged.get(id(target), {}))
