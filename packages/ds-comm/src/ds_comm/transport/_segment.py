@@ -1,0 +1,116 @@
+"""Shared-memory segments without names.
+
+A segment is a file without a directory entry (``O_TMPFILE`` on /dev/shm, or a memfd where /dev/shm is too small), which
+the other ranks open through the creator's ``/proc/<pid>/fd``. Nothing can be left behind: the kernel frees it with its
+last mapping, however the processes end. Pages are reserved with ``posix_fallocate`` before use, each rank its own
+range, so a full memory is an error here and not a SIGBUS later.
+
+Environment: ``DS_COMM_SHM_DIR`` another directory than /dev/shm; ``DS_COMM_SHM_LIMIT`` bytes of shared memory that the
+segments of one group may take together. With either set, the memfd is not used.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import mmap
+import os
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+PAGE = mmap.PAGESIZE
+_libc = ctypes.CDLL(None, use_errno=True)
+_libc.madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
+
+
+def round_up(value: int, unit: int) -> int:
+    return -(-value // unit) * unit
+
+
+class NoSpaceError(OSError):
+    """Not enough shared memory; the text names needed and free bytes. Never leaves the package."""
+
+
+class Segment:
+    """One mapping of shared memory. Tensors made from it keep the mapping alive."""
+
+    def __init__(self, path: str, nbytes: int, own: tuple[int, int]) -> None:
+        fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+        try:
+            if own[1] > own[0]:
+                os.posix_fallocate(fd, own[0], own[1] - own[0])
+        except OSError as error:
+            if error.errno not in (errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL):
+                raise NoSpaceError(error.errno, f"reserving {own[1] - own[0]:,} bytes of shared memory: {error}") from error
+        finally:
+            os.close(fd)
+        self.nbytes = nbytes
+        self._bytes = torch.from_file(path, shared=True, size=nbytes, dtype=torch.uint8)
+
+    def tensor(self, offset: int, shape: tuple[int, ...], dtype: torch.dtype, stride: tuple[int, ...] = (1,)) -> Tensor:
+        """A tensor of its own (no view, own version counter) at byte ``offset``, which ``dtype`` must divide."""
+        storage = self._bytes.untyped_storage()
+        return torch.empty(0, dtype=dtype).set_(storage, offset // dtype.itemsize, shape, stride)
+
+    def words(self, offset: int, nbytes: int) -> memoryview:
+        """The range as 64-bit words; an aligned word is read and written in one piece."""
+        return memoryview(self._bytes.numpy())[offset : offset + nbytes].cast("B").cast("q")
+
+    def raw(self, offset: int, nbytes: int) -> memoryview:
+        return memoryview(self._bytes.numpy())[offset : offset + nbytes].cast("B")
+
+    def forget(self, start: int, stop: int) -> None:
+        """Unmap the whole pages in [start, stop) from this process; the content stays and comes back when touched."""
+        start, stop = round_up(start, PAGE), stop // PAGE * PAGE
+        if stop > start:
+            _libc.madvise(self._bytes.data_ptr() + start, stop - start, mmap.MADV_DONTNEED)
+
+
+@dataclass
+class Arena:
+    """Where the segments of one group are created, and how much they may take. Used by the creating rank."""
+
+    used: int = 0
+
+    def create(self, nbytes: int) -> tuple[int, str]:
+        """A new segment's descriptor and the path by which the other ranks open it; ``NoSpaceError`` if too large."""
+        limit = os.environ.get("DS_COMM_SHM_LIMIT")
+        chosen = os.environ.get("DS_COMM_SHM_DIR")
+        if limit is not None and self.used + nbytes > int(limit):
+            raise NoSpaceError(
+                errno.ENOSPC,
+                f"{nbytes:,} bytes of shared memory are needed, {max(0, int(limit) - self.used):,} are left of "
+                f"DS_COMM_SHM_LIMIT={limit}",
+            )
+        folder = chosen or "/dev/shm"
+        try:
+            fd = _unnamed_file(folder, nbytes)
+        except OSError as error:
+            if limit is not None or chosen is not None or nbytes > _available_memory() // 2:
+                raise NoSpaceError(errno.ENOSPC, error.strerror or str(error)) from error
+            fd = os.memfd_create("ds_comm", os.MFD_CLOEXEC)
+        os.ftruncate(fd, nbytes)
+        self.used += nbytes
+        return fd, f"/proc/{os.getpid()}/fd/{fd}"
+
+
+def _unnamed_file(folder: str, nbytes: int) -> int:
+    stat = os.statvfs(folder)
+    free = stat.f_bavail * stat.f_frsize
+    if free < nbytes:
+        raise NoSpaceError(errno.ENOSPC, f"{nbytes:,} bytes of shared memory are needed, {free:,} are free on {folder}")
+    return os.open(folder, os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC, 0o600)
+
+
+def _available_memory() -> int:
+    """Bytes the host says a new workload can have; 0 when it does not say."""
+    try:
+        with open("/proc/meminfo", encoding="ascii") as lines:
+            for line in lines:
+                if line.startswith("MemAvailable:"):
+                    return int(line.split()[1]) * 1024
+    except OSError:
+        return 0
+    return 0
