@@ -52,7 +52,7 @@ def local_devices() -> Devices:
     cpu = Devices("cpu", usable_cores())
     if wanted == "cpu":
         return cpu
-    if not wanted and not _accelerator_nodes():
+    if not wanted and not has_accelerator_nodes():
         return cpu
     import torch
 
@@ -165,7 +165,7 @@ def _cgroup_quota() -> int | None:
     return max(1, round(int(quota) / int(period)))
 
 
-def _accelerator_nodes() -> bool:
+def has_accelerator_nodes() -> bool:
     """Whether the kernel shows any accelerator: saves the import of torch on a plain CPU host. True where it cannot be
     told.
     """

@@ -109,8 +109,6 @@ def set_up_logging(level: str, quiet: bool) -> None:
         logger.addHandler(handler)
         logger.propagate = False
     logger.setLevel("ERROR" if quiet else level.upper())
-    if level != "debug":  # the agent repeats at length what the report says
-        logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
 
 
 def run_node(spec: LaunchSpec) -> int:
@@ -142,6 +140,8 @@ def run_node(spec: LaunchSpec) -> int:
 
     from deepspeed.launcher.agent import RankAgent
 
+    if spec.log_level != "debug":  # the agent repeats at length what the report says
+        logging.getLogger(RankAgent.run.__module__).setLevel(logging.CRITICAL)
     agent = RankAgent(spec, devices)
     interrupted: signal.Signals | None = None
     with _signals_as(SignalException):

@@ -14,7 +14,7 @@ import os
 import sys
 from collections.abc import Mapping, Sequence
 
-from deepspeed.launcher.devices import local_devices, threads_per_rank
+from deepspeed.launcher.devices import has_accelerator_nodes, threads_per_rank
 from deepspeed.launcher.spec import Program
 
 IDENTITIES = {
@@ -66,7 +66,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             int(identity["LOCAL_RANK"])
         )
         environment = {**os.environ, **identity}
-        if "OMP_NUM_THREADS" not in environment and local_devices().kind == "cpu":
+        if "OMP_NUM_THREADS" not in environment and not has_accelerator_nodes():
             environment["OMP_NUM_THREADS"] = str(threads_per_rank(int(identity["LOCAL_SIZE"])))
         os.execvpe(command[0], command, environment)
     except (OSError, RuntimeError, ValueError) as error:

@@ -23,6 +23,7 @@ from pathlib import Path
 HOLD_SECONDS = 2.0
 TAIL_NBYTES = 65536
 _TRACEBACK = b"Traceback (most recent call last):"
+_CHAINED = (b"another exception occurred:", b"direct cause of the following exception:")
 
 
 @dataclass
@@ -49,19 +50,19 @@ class Stream:
             del self.tail[:-TAIL_NBYTES]
         if self.owns_sink:  # a log file gets everything in order; only its clock is needed here
             self._show(data)
-            if self.held_since is None and _TRACEBACK in data:
+            if _TRACEBACK in data:
                 self.held_since = now
             return
-        if self.held_since is None:
-            found = data.find(_TRACEBACK)
-            if found < 0:
-                self._show(data)
-                return
-            start = max(data.rfind(b"\n", 0, found), data.rfind(b"\r", 0, found)) + 1
-            self._show(data[:start])
-            self.held_since = now
-            data = data[start:]
+        if self.held_since is None and _TRACEBACK not in data:
+            self._show(data)
+            return
         self.held += data
+        if _TRACEBACK in data:
+            # What came before was not the end of this rank: only its last traceback can be.
+            start = _last_chain(self.held)
+            self._show(bytes(self.held[:start]))
+            del self.held[:start]
+            self.held_since = now
 
     def release_if_due(self, now: float) -> None:
         """Shows a held traceback whose rank lives on."""
@@ -153,6 +154,18 @@ class StreamPump:
             for stream in self.streams.values():
                 if not stream.closed:
                     stream.release_if_due(now)
+
+
+def _last_chain(text: bytearray) -> int:
+    """Where the last traceback of `text` begins, with the exceptions that led to it."""
+    start = len(text)
+    while True:
+        found = text.rfind(_TRACEBACK, 0, start)
+        if found < 0:
+            return start
+        start = max(text.rfind(b"\n", 0, found), text.rfind(b"\r", 0, found)) + 1
+        if not text[:start].rstrip().endswith(_CHAINED):
+            return start
 
 
 def _open_terminal() -> tuple[int, int]:
