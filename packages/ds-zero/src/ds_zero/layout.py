@@ -11,8 +11,9 @@ Vocabulary
              contiguous and a segment is what the optimizer sees as one tensor.
 
 Invariants
-    slots tile [0, numel) without gaps, in order of (group, first appearance in the model);
-    the padding [numel, padded_numel) is never part of a piece or a segment;
+    slots follow one another in order of (group, first appearance in the model), each at a multiple of ALIGNMENT: a
+    kernel's rounding may depend on the alignment of its operands, so every parameter lies as torch would allocate it;
+    gaps before slots and the tail after the last belong to no piece and hold zeros (a segment may span gaps);
     a tied parameter has one slot and its other names in `aliases`.
 Everything else (runtime, checkpoint, norm, cost planner, tests) reads this object and never recomputes it.
 """
@@ -20,16 +21,27 @@ Everything else (runtime, checkpoint, norm, cost planner, tests) reads this obje
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import math
 from collections.abc import Iterable, Iterator, Sequence
 
 from ds_zero.errors import LayoutError
 
-__all__ = ["ALIGNMENT", "FROZEN", "ParamSlot", "ParamSpec", "Piece", "Segment", "ShardMap", "UnitLayout", "plan_shard_map"]
+__all__ = [
+    "ALIGNMENT",
+    "FROZEN",
+    "ParamSlot",
+    "ParamSpec",
+    "Piece",
+    "Segment",
+    "ShardMap",
+    "UnitLayout",
+    "plan_shard_map",
+]
 
 ALIGNMENT = 32
-"""Elements; shard boundaries are multiples of it (64 bytes of bf16), so that vector loads stay aligned."""
+"""Elements; slots and shards begin at multiples of it (64 bytes of bf16, as torch aligns what it allocates)."""
 
 FROZEN = -1
 """Optimizer group index of a parameter that no optimizer group holds or that does not require a gradient."""
@@ -106,14 +118,21 @@ class UnitLayout:
     persistent: bool = False
     """Stage 3 keeps a persistent unit gathered (small parameters)."""
 
-    @property
+    @functools.cached_property
     def numel(self) -> int:
-        return self.slots[-1].stop if self.slots else 0
+        """Elements of the parameters, without gaps and tail."""
+        return sum(slot.numel for slot in self.slots)
 
-    @property
+    @functools.cached_property
     def padded_numel(self) -> int:
-        quantum = self.num_shards * ALIGNMENT
-        return -(-max(self.numel, 1) // quantum) * quantum
+        """Elements of the flat buffer."""
+        return _round_up(max(self.slots[-1].stop, 1), self.num_shards * ALIGNMENT)
+
+    @functools.cached_property
+    def gaps(self) -> tuple[tuple[int, int], ...]:
+        """Ranges of the flat that no parameter covers, the tail included."""
+        edges = [0, *(edge for slot in self.slots for edge in (slot.offset, slot.stop)), self.padded_numel]
+        return tuple((a, b) for a, b in zip(edges[::2], edges[1::2], strict=True) if a < b)
 
     @property
     def shard_numel(self) -> int:
@@ -131,14 +150,15 @@ class UnitLayout:
                 yield Piece(slot, low - slot.offset, high - slot.offset, low - start)
 
     def segments(self, start: int, stop: int) -> list[Segment]:
-        """Cut `[start, stop)` of the flat into one contiguous segment per optimizer group."""
+        """Cut `[start, stop)` (multiples of ALIGNMENT) of the flat into one contiguous segment per optimizer group.
+
+        Segments end at a multiple of ALIGNMENT, over the gap behind their last piece: a vectorised optimizer treats
+        a remainder in scalar code that rounds differently, so where an element lies would change its bits.
+        """
         found: list[Segment] = []
         for piece in self.pieces(start, stop):
-            last = found[-1] if found else None
-            if last is not None and last.group == piece.slot.group:
-                found[-1] = Segment(last.group, last.offset, piece.offset + piece.numel - last.offset)
-            else:
-                found.append(Segment(piece.slot.group, piece.offset, piece.numel))
+            first = found.pop().offset if found and found[-1].group == piece.slot.group else piece.offset
+            found.append(Segment(piece.slot.group, first, _round_up(piece.offset + piece.numel, ALIGNMENT) - first))
         return found
 
 
@@ -178,12 +198,16 @@ class ShardMap:
         return hashlib.sha256(repr(self).encode()).hexdigest()[:16]
 
 
+def _round_up(value: int, quantum: int) -> int:
+    return -(-value // quantum) * quantum
+
+
 def _cut(name: str, specs: Sequence[ParamSpec], num_shards: int, index: int, persistent: bool) -> UnitLayout:
     slots: list[ParamSlot] = []
     offset = 0
     for spec in sorted(specs, key=lambda s: s.group):  # stable: model order inside a group
         slots.append(ParamSlot(spec.name, spec.shape, offset, spec.group, spec.aliases))
-        offset += spec.numel
+        offset = _round_up(offset + spec.numel, ALIGNMENT)
     return UnitLayout(name, index, tuple(slots), specs[0].dtype, specs[0].trainable, num_shards, persistent)
 
 
@@ -216,7 +240,9 @@ def plan_shard_map(
         split: dict[tuple[str, bool], list[ParamSpec]] = {}
         for spec in specs:
             if spec.name in seen:
-                raise LayoutError(f"parameter {spec.name!r} is in unit {seen[spec.name]!r} and in unit {block!r}; name it once")
+                raise LayoutError(
+                    f"parameter {spec.name!r} is in unit {seen[spec.name]!r} and in unit {block!r}; name it once"
+                )
             seen[spec.name] = block
             key = (spec.dtype, spec.trainable)
             if spec.numel <= persistence_threshold and spec.numel <= budget:

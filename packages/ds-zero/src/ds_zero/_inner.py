@@ -1,0 +1,185 @@
+"""The wrapped torch optimizer, made to work on flat fp32 masters instead of the model's parameters.
+
+Each (unit, optimizer group) pair that this rank holds is one *segment*: a contiguous 1-D fp32 Parameter that replaces
+the group's parameters in `optimizer.param_groups` (the group dicts stay the user's own objects, so schedulers keep
+working). Elementwise optimizers cannot tell the difference.
+
+Two ways to step, one result per optimizer:
+    fused    torch's fused Adam/AdamW kernel, driven in cache-sized chunks: cast gradient, update, cast parameter, in
+             one pass over memory. Taken for torch.optim.Adam/AdamW unless `foreach=True` or `fused=False` was asked
+             for (`fused=None` leaves the choice to us).
+    generic  any other elementwise optimizer: `optimizer.step()` over segments, at most `sub_group_size` elements at a
+             time, so that their fp32 gradients exist only briefly.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Adam, AdamW, Optimizer
+
+from ds_zero._unit import Unit
+from ds_zero.errors import LayoutError
+
+__all__ = ["InnerOptimizer", "MasterSegment"]
+
+CHUNK_NUMEL = 1 << 17
+"""Elements per fused chunk: master, two moments and the gradient in fp32 are 2 MiB, inside one core's cache."""
+
+
+@dataclasses.dataclass(eq=False)
+class MasterSegment:
+    """Elements `[offset, offset + numel)` of the unit's own range, all of one optimizer group."""
+
+    unit: Unit
+    group: int
+    offset: int
+    numel: int
+    parameter: nn.Parameter
+
+    def of(self, flat: Tensor) -> Tensor:
+        """This segment of a tensor laid out like the own range."""
+        return flat[self.offset : self.offset + self.numel]
+
+
+def _segments(units: Sequence[Unit]) -> Iterator[MasterSegment]:
+    for unit in units:
+        if unit.master is None:
+            continue
+        for segment in unit.layout.segments(unit.start, unit.stop):
+            data = unit.master[segment.offset : segment.offset + segment.numel]
+            yield MasterSegment(unit, segment.group, segment.offset, segment.numel, nn.Parameter(data))
+
+
+class InnerOptimizer:
+    """Owns the segments and steps the wrapped optimizer over them."""
+
+    def __init__(self, optimizer: Optimizer, units: Sequence[Unit], sub_group_size: int) -> None:
+        if optimizer.state:
+            raise LayoutError(
+                f"{type(optimizer).__name__} already holds state of {len(optimizer.state)} parameters; shard the model before"
+                " the first step, and load a checkpoint afterwards"
+            )
+        self.optimizer = optimizer
+        self.sub_group_size = sub_group_size
+        self.segments = list(_segments(units))
+        for index, group in enumerate(optimizer.param_groups):
+            group["params"] = [segment.parameter for segment in self.segments if segment.group == index]
+        self._scratch = torch.empty(0)
+
+    def group_of(self, segment: MasterSegment) -> dict[str, Any]:
+        """The (user's own) param group dict of a segment."""
+        return self.optimizer.param_groups[segment.group]
+
+    @property
+    def fused(self) -> bool:
+        """Whether torch's fused Adam kernel drives the update."""
+        return type(self.optimizer) in (Adam, AdamW) and all(
+            group.get("fused") is not False and not group.get("foreach") and not group.get("differentiable")
+            for group in self.optimizer.param_groups
+        )
+
+    def step(self, coefficient: float) -> None:
+        """Update every master from `coefficient * unit.grad` and cast it into the unit's own parameters."""
+        if self.fused:
+            for segment in self.segments:
+                self._fused_step(segment, coefficient)
+            self.optimizer._opt_called = True  # type: ignore[attr-defined]  # what torch's schedulers look for
+        else:
+            for tile in self._tiles():
+                self._generic_step(tile, coefficient)
+
+    # -- fused ---------------------------------------------------------------------------------------------------
+
+    def allocate(self, segment: MasterSegment) -> None:
+        """Create the Adam state of a segment as torch.optim.Adam would on its first step."""
+        state = self.optimizer.state[segment.parameter]
+        if state:
+            return
+        state["step"] = torch.zeros((), dtype=torch.float32)
+        state["exp_avg"] = torch.zeros_like(segment.parameter)
+        state["exp_avg_sq"] = torch.zeros_like(segment.parameter)
+        if self.group_of(segment)["amsgrad"]:
+            state["max_exp_avg_sq"] = torch.zeros_like(segment.parameter)
+
+    def _fused_step(self, segment: MasterSegment, coefficient: float) -> None:
+        self.allocate(segment)
+        group = self.group_of(segment)
+        state = self.optimizer.state[segment.parameter]
+        state["step"] += 1
+        kernel = torch._fused_adamw_ if self._decoupled(group) else torch._fused_adam_
+        unit = segment.unit
+        assert unit.grad is not None and unit.master is not None
+        master, grad, out = segment.parameter.data, segment.of(unit.grad), segment.of(unit.storage.own)
+        device_type = master.device.type
+        step = state["step"] if device_type == "cpu" else state["step"].to(master.device)
+        chunk = CHUNK_NUMEL * torch.get_num_threads() if device_type == "cpu" else segment.numel
+        beta1, beta2 = group["betas"]
+        for start in range(0, segment.numel, chunk):
+            part = slice(start, min(start + chunk, segment.numel))
+            kernel(
+                [master[part]],
+                [self._scaled(grad[part], coefficient)],
+                [state["exp_avg"][part]],
+                [state["exp_avg_sq"][part]],
+                [state["max_exp_avg_sq"][part]] if group["amsgrad"] else [],
+                [step],
+                lr=group["lr"],
+                beta1=beta1,
+                beta2=beta2,
+                weight_decay=group["weight_decay"],
+                eps=group["eps"],
+                amsgrad=group["amsgrad"],
+                maximize=group["maximize"],
+            )
+            if unit.master is not unit.storage.own:
+                out[part].copy_(master[part])
+
+    def _decoupled(self, group: dict[str, Any]) -> bool:
+        return bool(group.get("decoupled_weight_decay", isinstance(self.optimizer, AdamW)))
+
+    def _scaled(self, grad: Tensor, coefficient: float) -> Tensor:
+        """`coefficient * grad` in fp32; scratch memory except where the gradient can be used as it lies."""
+        if grad.dtype == torch.float32 and coefficient == 1.0:
+            return grad
+        if self._scratch.numel() < grad.numel() or self._scratch.device != grad.device:
+            self._scratch = torch.empty(grad.numel(), dtype=torch.float32, device=grad.device)
+        scaled = self._scratch[: grad.numel()].copy_(grad)
+        return scaled if coefficient == 1.0 else scaled.mul_(coefficient)
+
+    # -- generic -------------------------------------------------------------------------------------------------
+
+    def _tiles(self) -> Iterator[list[MasterSegment]]:
+        tile: list[MasterSegment] = []
+        for segment in self.segments:
+            if tile and sum(s.numel for s in tile) + segment.numel > self.sub_group_size:
+                yield tile
+                tile = []
+            tile.append(segment)
+        if tile:
+            yield tile
+
+    def _generic_step(self, tile: list[MasterSegment], coefficient: float) -> None:
+        groups = self.optimizer.param_groups
+        whole = [group["params"] for group in groups]
+        for segment in tile:
+            assert segment.unit.grad is not None
+            grad = segment.of(segment.unit.grad).to(torch.float32, copy=True)
+            segment.parameter.grad = grad if coefficient == 1.0 else grad.mul_(coefficient)
+        try:
+            for index, group in enumerate(groups):
+                group["params"] = [segment.parameter for segment in tile if segment.group == index]
+            self.optimizer.step()
+        finally:
+            for group, params in zip(groups, whole, strict=True):
+                group["params"] = params
+            for segment in tile:
+                segment.parameter.grad = None
+        for segment in tile:
+            unit = segment.unit
+            if unit.master is not unit.storage.own:
+                segment.of(unit.storage.own).copy_(segment.parameter.data)

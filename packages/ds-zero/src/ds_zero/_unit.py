@@ -1,0 +1,242 @@
+"""A unit at run time: its parameters, its storage, its master copy and its gradient.
+
+Parameter state machine (stage 3; at stages 0-2 a unit is always GATHERED):
+
+    SHARDED --gather--> GATHERED --release--> SHARDED
+
+    SHARDED   `param.data` is an empty placeholder; only `storage.shard` is resident
+    GATHERED  `param.data` is a view of `storage.full`
+
+Gradient vocabulary
+    arrived   slots whose gradient autograd has finished in this micro-batch (it waits in `param.grad`)
+    grad      the own range's reduced gradient; `grad_kind` says whether it holds nothing, a running fp32 sum, or the
+              finished mean in the gradient dtype
+    local     fp32 sum of micro-batches that `no_sync` kept from being reduced (full size; None otherwise)
+"""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from ds_comm import Communicator, Work
+from ds_zero._param import mark_gathered, mark_released
+from ds_zero._storage import ParamStorage, ReplicatedStorage, ShardedStorage
+from ds_zero.errors import ZeroStateError
+from ds_zero.layout import ParamSlot, ShardMap, UnitLayout
+
+__all__ = ["GradKind", "Unit", "UnitStatus", "copy_changed"]
+
+
+class UnitStatus(enum.Enum):
+    """Where a unit's parameters are."""
+
+    SHARDED = "sharded"
+    GATHERED = "gathered"
+
+
+class GradKind(enum.Enum):
+    """What `Unit.grad` holds."""
+
+    EMPTY = "empty"
+    SUM = "sum"
+    MEAN = "mean"
+
+
+def copy_changed(master: Tensor, old: Tensor, new: Tensor) -> bool:
+    """Overwrite those elements of an fp32 `master` whose 16-bit value really changed; the others keep their precision.
+
+    Returns whether anything changed. All tensors are 1-D and of one length.
+    """
+    changed = old != new
+    if not bool(changed.any()):
+        return False
+    torch.where(changed, new.to(master.dtype), master, out=master)
+    return True
+
+
+class Unit:
+    """One `UnitLayout` with live tensors."""
+
+    def __init__(
+        self,
+        layout: UnitLayout,
+        parameters: Sequence[nn.Parameter],
+        comm: Communicator,
+        shard_map: ShardMap,
+        *,
+        shard_params: bool,
+    ) -> None:
+        self.layout = layout
+        self.parameters = list(parameters)
+        self.comm = comm
+        self.status = UnitStatus.GATHERED
+        self.start, self.stop = shard_map.state_range(layout, comm.rank)
+        device = parameters[0].device if parameters[0].device.type != "meta" else torch.device("cpu")
+        self.device = device
+        self.sharded = shard_params and not layout.persistent
+        self.storage: ParamStorage = (
+            ShardedStorage(layout, comm, device)
+            if self.sharded
+            else ReplicatedStorage(layout, comm, (self.start, self.stop), device)
+        )
+        self.master: Tensor | None = None
+        self.grad: Tensor | None = None
+        self.grad_kind = GradKind.EMPTY
+        self.local: Tensor | None = None
+        self.arrived: set[int] = set()
+        self.held: set[int] = set()
+        """Slots whose `param.data` is a private copy, owned by GatheredParameters."""
+        self._versions: list[int] = []
+
+    # -- values -------------------------------------------------------------------------------------------------
+
+    def load(self, value_of: Callable[[int], Tensor], *, with_master: bool) -> None:
+        """Take the initial values and make the master copy of the own range. Collective when sharded.
+
+        Args:
+            value_of: slot index -> the full value, any float dtype; called once per slot, in order.
+            with_master: whether an optimizer will update this unit.
+        """
+        own = self.storage.own
+        if with_master:
+            same = own.dtype == torch.float32
+            self.master = own if same else torch.zeros(own.numel(), dtype=torch.float32, device=self.device)
+        for index, slot in enumerate(self.layout.slots):
+            value = value_of(index).detach().reshape(-1)
+            self.storage.write(slot.offset, value)
+            if self.master is not None and self.master is not own:
+                low, high = max(self.start, slot.offset), min(self.stop, slot.stop)
+                if low < high:
+                    self.master[low - self.start : high - self.start].copy_(
+                        value[low - slot.offset : high - slot.offset]
+                    )
+        self.storage.settle()
+
+    def view(self, slot: ParamSlot) -> Tensor:
+        """The parameter's place in `full` (valid while gathered), in its own shape."""
+        return self.storage.full[slot.offset : slot.stop].view(slot.shape)
+
+    def publish(self, bucket_numel: int) -> None:
+        """Cast the master into the parameters' memory (done by the update) and exchange it."""
+        self.storage.publish(bucket_numel)
+
+    # -- gather and release ------------------------------------------------------------------------------------
+
+    def gather(self, async_op: bool = False) -> Work | None:
+        """Make the full parameters available on this rank."""
+        work = self.storage.gather(async_op=async_op)
+        if self.status is UnitStatus.SHARDED:
+            self.status = UnitStatus.GATHERED
+            self.attach()
+        return work
+
+    def attach(self) -> None:
+        """Point the parameters at `full`, those held by GatheredParameters excepted."""
+        for index, (slot, parameter) in enumerate(zip(self.layout.slots, self.parameters, strict=True)):
+            if index not in self.held:
+                mark_gathered(parameter)
+                parameter.data = self.view(slot)
+        self._versions = [parameter._version for parameter in self.parameters]
+
+    def release(self) -> None:
+        """Give the gathered memory back; the own shard stays. Replicated units stay gathered."""
+        if self.status is UnitStatus.SHARDED or not self.sharded:
+            return
+        self.detach()
+        self.storage.release()
+
+    def detach(self) -> None:
+        """Replace the parameters' data by empty placeholders, those held by GatheredParameters excepted."""
+        self.status = UnitStatus.SHARDED
+        for index, parameter in enumerate(self.parameters):
+            if index not in self.held:
+                parameter.data = torch.empty(0, dtype=parameter.dtype, device=parameter.device)
+                mark_released(parameter)
+
+    # -- one parameter (GatheredParameters, safe_get_*) ---------------------------------------------------------
+
+    def fetch(self, index: int) -> Tensor:
+        """A private 1-D copy of one whole parameter; collective when sharded."""
+        slot = self.layout.slots[index]
+        was_resident = self.storage.resident
+        self.storage.gather()
+        value = self.storage.full[slot.offset : slot.stop].clone()
+        if not was_resident:
+            self.storage.release()
+        return value
+
+    def store(self, index: int, value: Tensor) -> None:
+        """Write one whole parameter (1-D) into the own shard and the master; collective when sharded."""
+        slot = self.layout.slots[index]
+        value = value.to(self.storage.full.dtype)
+        low, high = max(self.start, slot.offset), min(self.stop, slot.stop)
+        if self.master is not None and self.master is not self.storage.own and low < high:
+            part = slice(low - self.start, high - self.start)
+            copy_changed(self.master[part], self.storage.own[part], value[low - slot.offset : high - slot.offset])
+        self.storage.write(slot.offset, value)
+        self.storage.settle()
+
+    # -- changes made by the user ------------------------------------------------------------------------------
+
+    def absorb_edits(self) -> bool:
+        """Carry values that the user wrote into the parameters over into the master (16-bit, stages 0-2).
+
+        Autograd's version counters tell that somebody wrote in place since the last `attach`/`absorb_edits`.
+        """
+        versions = [parameter._version for parameter in self.parameters]
+        if versions == self._versions:
+            return False
+        self._versions = versions
+        if self.master is None or self.master is self.storage.own:
+            return True
+        return copy_changed(self.master, self.master.to(self.storage.own.dtype), self.storage.own)
+
+    # -- gradient ----------------------------------------------------------------------------------------------
+
+    @property
+    def complete(self) -> bool:
+        """Whether autograd has finished every gradient of the unit."""
+        return len(self.arrived) == len(self.parameters)
+
+    def collect(self, out: Tensor) -> None:
+        """Move the waiting gradients into `out` (flat, padded); a parameter without one contributes zeros."""
+        for slot, parameter in zip(self.layout.slots, self.parameters, strict=True):
+            target = out[slot.offset : slot.stop]
+            grad = parameter.grad
+            if grad is None:
+                target.zero_()
+                continue
+            if grad.shape != torch.Size(slot.shape):
+                raise ZeroStateError(
+                    f"gradient of {slot.name!r} has shape {tuple(grad.shape)}, expected {slot.shape}; was .grad assigned by hand?"
+                )
+            target.view(slot.shape).copy_(grad.to_dense() if grad.is_sparse else grad)
+            parameter.grad = None
+        for start, stop in self.layout.gaps:
+            out[start:stop].zero_()
+        self.arrived.clear()
+
+    def collect_local(self) -> None:
+        """Add the waiting gradients to the unreduced fp32 sum (`no_sync`)."""
+        if all(parameter.grad is None for parameter in self.parameters):
+            self.arrived.clear()
+            return
+        if self.local is None:
+            self.local = torch.zeros(self.layout.padded_numel, dtype=torch.float32, device=self.device)
+        for slot, parameter in zip(self.layout.slots, self.parameters, strict=True):
+            if parameter.grad is not None:
+                self.local[slot.offset : slot.stop].view(slot.shape).add_(parameter.grad)
+                parameter.grad = None
+        self.arrived.clear()
+
+    def close(self) -> None:
+        """Give all memory back; the parameters keep their full values as ordinary tensors."""
+        for slot, parameter in zip(self.layout.slots, self.parameters, strict=True):
+            if self.status is UnitStatus.GATHERED:
+                parameter.data = self.view(slot).clone()
+        self.grad = self.local = None
+        self.storage.close()

@@ -1,0 +1,294 @@
+"""Read and edit masters, gradients and optimizer state of single parameters, at any stage.
+
+The full variants are collectives over the ranks that share the model; the local ones never communicate. A parameter
+that no `shard()` laid out gives None (getters) or is left alone (setters), as upstream does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ds_zero._unit import GradKind
+from ds_zero.errors import ZeroStateError
+from ds_zero.sharded import Place, place_of
+
+__all__ = [
+    "get_z3_leaf_modules",
+    "safe_get_full_fp32_param",
+    "safe_get_full_grad",
+    "safe_get_full_optimizer_state",
+    "safe_get_local_fp32_param",
+    "safe_get_local_grad",
+    "safe_get_local_optimizer_state",
+    "safe_set_full_fp32_param",
+    "safe_set_full_grad",
+    "safe_set_full_optimizer_state",
+    "safe_set_local_fp32_param",
+    "safe_set_local_grad",
+    "safe_set_local_optimizer_state",
+    "safe_update_full_grad_vectorized",
+    "set_z3_leaf_modules",
+    "unset_z3_leaf_modules",
+    "z3_leaf_module",
+    "z3_leaf_parameter",
+]
+
+
+# -- ranges ------------------------------------------------------------------------------------------------------
+
+
+def _own(place: Place, flat: Tensor | None) -> tuple[int, Tensor] | None:
+    """The part of one parameter inside a tensor laid out like the own range: (first element, view)."""
+    if flat is None:
+        return None
+    unit, slot = place.unit, place.unit.layout.slots[place.index]
+    low, high = max(unit.start, slot.offset), min(unit.stop, slot.stop)
+    high = max(low, high)
+    return low - slot.offset, flat[low - unit.start : high - unit.start]
+
+
+def _gather(place: Place, own: tuple[int, Tensor] | None, label: str) -> Tensor | None:
+    """Full fp32 parameter-shaped tensor from every rank's part (collective where the state is sharded)."""
+    if own is None:
+        return None
+    slot = place.unit.layout.slots[place.index]
+    start, part = own
+    full = torch.zeros(slot.numel, dtype=torch.float32, device=place.unit.device)
+    full[start : start + part.numel()].copy_(part)
+    if place.owner.parts.state:
+        place.unit.comm.all_reduce(full, label=f"{label} of {slot.name}")
+    return full.view(slot.shape)
+
+
+def _scatter(place: Place, own: tuple[int, Tensor] | None, value: Tensor, label: str) -> None:
+    """Write the own part of a full value."""
+    slot = place.unit.layout.slots[place.index]
+    if tuple(value.shape) != slot.shape:
+        raise ZeroStateError(f"{label} of {slot.name!r} has shape {slot.shape}, got {tuple(value.shape)}")
+    if own is not None:
+        start, part = own
+        part.copy_(value.reshape(-1)[start : start + part.numel()])
+
+
+def _master(place: Place) -> Tensor | None:
+    unit = place.unit
+    return unit.master if unit.master is not None else unit.storage.own
+
+
+def _grad(place: Place) -> Tensor | None:
+    """The accumulated mean gradient so far, laid out like the own range."""
+    unit = place.unit
+    optimizer = _optimizer(place)
+    if optimizer is None or unit.grad is None or unit.grad_kind is GradKind.EMPTY:
+        return None
+    if unit.grad_kind is GradKind.SUM:
+        optimizer.reducer.finish_means()
+    return unit.grad
+
+
+def _optimizer(place: Place) -> Any:
+    return place.owner.module.__dict__.get("_zero_optimizer")
+
+
+def _state(place: Place, key: str) -> tuple[int, Tensor] | None:
+    """The own part of an optimizer state tensor."""
+    optimizer, unit = _optimizer(place), place.unit
+    if optimizer is None or unit.master is None:
+        return None
+    slot = unit.layout.slots[place.index]
+    low, high = max(unit.start, slot.offset), min(unit.stop, slot.stop)
+    if low >= high:
+        return 0, torch.empty(0, device=unit.device)
+    for segment in optimizer.inner.segments:
+        first = unit.start + segment.offset
+        if segment.unit is unit and first <= low < first + segment.numel:
+            value = optimizer.optimizer.state[segment.parameter].get(key)
+            if value is None:
+                return None
+            return low - slot.offset, value[low - first : high - first]
+    return None
+
+
+def _after_master_write(place: Place) -> None:
+    """Bring a changed master into the parameters (collective)."""
+    unit = place.unit
+    with torch.no_grad():
+        if unit.master is not None and unit.master is not unit.storage.own:
+            unit.storage.own.copy_(unit.master)
+        unit.publish(place.owner.config.allgather_bucket_size)
+
+
+# -- full --------------------------------------------------------------------------------------------------------
+
+
+def safe_get_full_fp32_param(parameter: nn.Parameter) -> Tensor | None:
+    """The full fp32 master, in the parameter's shape (a copy)."""
+    place = place_of(parameter)
+    return None if place is None else _gather(place, _own(place, _master(place)), "master")
+
+
+def safe_get_full_grad(parameter: nn.Parameter) -> Tensor | None:
+    """The full mean gradient in fp32, loss scale divided out; `parameter.grad` if that is set; None without one."""
+    if parameter.grad is not None:
+        return parameter.grad
+    place = place_of(parameter)
+    if place is None:
+        return None
+    optimizer = _optimizer(place)
+    if optimizer is not None:
+        optimizer.end_backward()
+    full = _gather(place, _own(place, _grad(place)), "gradient")
+    return None if full is None else full.div_(optimizer.loss_scale)
+
+
+def safe_get_full_optimizer_state(parameter: nn.Parameter, key: str) -> Tensor | None:
+    """The full optimizer state `key` ("exp_avg", ...) in fp32; None before it exists."""
+    place = place_of(parameter)
+    return None if place is None else _gather(place, _state(place, key), key)
+
+
+def safe_set_full_fp32_param(parameter: nn.Parameter, value: Tensor) -> None:
+    """Replace the master, and with it the parameter; every rank passes the full value."""
+    place = place_of(parameter)
+    if place is not None:
+        _scatter(place, _own(place, _master(place)), value, "master")
+        _after_master_write(place)
+
+
+def safe_set_full_grad(parameter: nn.Parameter, value: Tensor) -> None:
+    """Replace the accumulated mean gradient; every rank passes the full value."""
+    if parameter.grad is not None:
+        parameter.grad.copy_(value)
+        return
+    place = place_of(parameter)
+    if place is not None:
+        grad = _grad(place)
+        _scatter(
+            place, _own(place, grad), value * (_optimizer(place).loss_scale if grad is not None else 1.0), "gradient"
+        )
+
+
+def safe_set_full_optimizer_state(parameter: nn.Parameter, value: Tensor, key: str) -> None:
+    """Replace the optimizer state `key`; every rank passes the full value."""
+    place = place_of(parameter)
+    if place is not None:
+        _scatter(place, _state(place, key), value, key)
+
+
+def safe_update_full_grad_vectorized(
+    parameters: Iterable[nn.Parameter], update: Callable[[Tensor, nn.Parameter], Tensor]
+) -> None:
+    """`grad = update(grad, parameter)` for every parameter that has one."""
+    for parameter in parameters:
+        if not parameter.requires_grad:
+            continue
+        grad = safe_get_full_grad(parameter)
+        if grad is not None:
+            safe_set_full_grad(parameter, update(grad, parameter))
+
+
+# -- local (stage 3) ---------------------------------------------------------------------------------------------
+
+
+def _local_place(parameter: nn.Parameter) -> Place:
+    place = place_of(parameter)
+    if place is None or not place.owner.parts.params:
+        raise AssertionError("safe_*_local_* work on ZeRO stage 3 parameters only; use the safe_*_full_* variants")
+    return place
+
+
+def _local_get(own: tuple[int, Tensor] | None) -> Tensor | None:
+    return None if own is None else own[1].float()
+
+
+def _local_set(own: tuple[int, Tensor] | None, value: Tensor) -> None:
+    if own is not None:
+        own[1].copy_(value.reshape(-1))
+
+
+def safe_get_local_fp32_param(parameter: nn.Parameter) -> Tensor | None:
+    """This rank's elements of the fp32 master, 1-D (none if another rank holds them all)."""
+    place = _local_place(parameter)
+    return _local_get(_own(place, _master(place)))
+
+
+def safe_get_local_grad(parameter: nn.Parameter) -> Tensor | None:
+    """This rank's elements of the mean gradient, 1-D fp32."""
+    place = _local_place(parameter)
+    local = _local_get(_own(place, _grad(place)))
+    return None if local is None else local / _optimizer(place).loss_scale
+
+
+def safe_get_local_optimizer_state(parameter: nn.Parameter, key: str) -> Tensor | None:
+    """This rank's elements of an optimizer state, 1-D fp32."""
+    return _local_get(_state(_local_place(parameter), key))
+
+
+def safe_set_local_fp32_param(parameter: nn.Parameter, value: Tensor) -> None:
+    """Replace this rank's elements of the master; call it on every rank (the parameter is published)."""
+    place = _local_place(parameter)
+    _local_set(_own(place, _master(place)), value)
+    _after_master_write(place)
+
+
+def safe_set_local_grad(parameter: nn.Parameter, value: Tensor) -> None:
+    """Replace this rank's elements of the mean gradient."""
+    place = _local_place(parameter)
+    _local_set(_own(place, _grad(place)), value * _optimizer(place).loss_scale)
+
+
+def safe_set_local_optimizer_state(parameter: nn.Parameter, value: Tensor, key: str) -> None:
+    """Replace this rank's elements of an optimizer state."""
+    _local_set(_state(_local_place(parameter), key), value)
+
+
+# -- leaf modules ------------------------------------------------------------------------------------------------
+
+
+def _matches(module: nn.Module, kinds: Iterable[type[nn.Module] | str]) -> bool:
+    names = {f"{c.__module__}.{c.__qualname__}" for c in type(module).__mro__} | {type(module).__name__}
+    return any(kind in names if isinstance(kind, str) else isinstance(module, kind) for kind in kinds)
+
+
+def set_z3_leaf_modules(
+    model: nn.Module, leaf_module_classes: Iterable[type[nn.Module] | str], raise_if_not_found: bool = True
+) -> list[nn.Module]:
+    """Mark modules (by class or qualified class name) as units of their own; call it before sharding."""
+    kinds = list(leaf_module_classes)
+    found = [module for module in model.modules() if _matches(module, kinds)]
+    if not found and raise_if_not_found:
+        raise ValueError(f"no module of the classes {kinds} in {type(model).__name__}; check the class names")
+    for module in found:
+        module._z3_leaf = True
+    return found
+
+
+def unset_z3_leaf_modules(model: nn.Module, leaf_module_classes: Iterable[type[nn.Module] | str]) -> list[nn.Module]:
+    """Undo `set_z3_leaf_modules`."""
+    kinds = list(leaf_module_classes)
+    found = [module for module in model.modules() if _matches(module, kinds) and z3_leaf_module(module)]
+    for module in found:
+        module._z3_leaf = False
+    return found
+
+
+def get_z3_leaf_modules(model: nn.Module) -> list[nn.Module]:
+    """The modules that are marked."""
+    return [module for module in model.modules() if z3_leaf_module(module)]
+
+
+def z3_leaf_module(module: nn.Module) -> bool:
+    """Whether a module is marked as a unit of its own."""
+    return bool(getattr(module, "_z3_leaf", False))
+
+
+def z3_leaf_parameter(parameter: nn.Parameter) -> bool:
+    """Whether a parameter belongs to a marked module."""
+    place = place_of(parameter)
+    if place is None:
+        return False
+    return any(parameter is p for m in get_z3_leaf_modules(place.owner.module) for p in m.parameters())

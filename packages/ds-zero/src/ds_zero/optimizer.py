@@ -1,0 +1,338 @@
+"""ZeroOptimizer: the one update path.
+
+    reduce -> accumulate -> [boundary] unscale, global norm, clip -> optimizer on the flat shard -> publish parameters
+
+Every stage, dtype and placement takes this path; the differences are in the units' layout. `step()` is the boundary:
+it may be called after one backward or after many. A step whose gradients hold inf or NaN changes nothing: it is
+skipped (16-bit models) or raises (fp32), naming the first parameter concerned.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import math
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from ds_zero._inner import InnerOptimizer, MasterSegment
+from ds_zero._norm import first_nonfinite, global_norm
+from ds_zero._reduce import GradientReducer
+from ds_zero._unit import GradKind, Unit
+from ds_zero.config import ZeroConfig
+from ds_zero.errors import NonFiniteGradientError, ZeroStateError
+from ds_zero.layout import ShardMap
+from ds_zero.precision import LossScaler
+from ds_zero.sharded import ShardedModel
+from ds_zero.state import MASTER, StateSegment
+
+__all__ = ["ZeroOptimizer"]
+
+logger = logging.getLogger(__name__)
+
+
+class ZeroOptimizer(Optimizer):
+    """Wraps a torch optimizer over a `ShardedModel`. `param_groups` are the wrapped optimizer's own dicts.
+
+    Attributes:
+        optimizer: the wrapped optimizer; its params are flat fp32 masters now.
+        overflow: whether the last boundary was skipped for inf or NaN.
+        grad_norm: global L2 norm of the last boundary's mean gradient, before clipping; None before the first.
+        step_applied: whether the last boundary changed the weights.
+    """
+
+    def __init__(self, optimizer: Optimizer, sharded: ShardedModel) -> None:
+        self.sharded = sharded
+        self.config: ZeroConfig = sharded.config
+        self.comm = sharded.comm
+        self.reducer = GradientReducer(
+            sharded.trainable,
+            self.comm,
+            self.config,
+            shard_grads=sharded.parts.grads,
+            shard_state=sharded.parts.state,
+        )
+        self.inner = InnerOptimizer(optimizer, sharded.trainable, self.config.sub_group_size)
+        super().__init__(optimizer.param_groups, optimizer.defaults)
+        self.state = optimizer.state
+        self.overflow = False
+        self.grad_norm: float | None = None
+        self.step_applied = False
+        fp16 = any(unit.layout.dtype == "float16" for unit in sharded.trainable)
+        self.scaler = LossScaler(self.config.loss_scaling, enabled=fp16)
+        self._low_precision = any(unit.layout.dtype != "float32" for unit in sharded.trainable)
+        self._sync = True
+        self._hooks = [
+            parameter.register_post_accumulate_grad_hook(self._arrival(unit, index))
+            for unit in sharded.trainable
+            for index, parameter in enumerate(unit.parameters)
+        ]
+
+    # -- what it is ---------------------------------------------------------------------------------------------
+
+    @property
+    def optimizer(self) -> Optimizer:
+        return self.inner.optimizer
+
+    @property
+    def shard_map(self) -> ShardMap:
+        return self.sharded.shard_map
+
+    @property
+    def zero_stage(self) -> int:
+        return self.config.stage
+
+    @property
+    def loss_scale(self) -> float:
+        return self.scaler.scale
+
+    # -- backward -----------------------------------------------------------------------------------------------
+
+    def _arrival(self, unit: Unit, index: int) -> Callable[[Tensor], None]:
+        def arrived(parameter: Tensor) -> None:
+            if self._sync:
+                self.reducer.arrived(unit, index)
+
+        return arrived
+
+    def backward(self, loss: Tensor, retain_graph: bool = False, accumulation: int | None = None) -> None:
+        """Scale the loss, run autograd, and end the micro-batch (its reductions are complete on return).
+
+        Args:
+            loss: a scalar that requires a gradient, not divided by the accumulation steps.
+            accumulation: what the boundary divides by instead of `gradient_accumulation_steps` (1 if the caller has
+                divided the loss); must be the same for every micro-batch of a step.
+        Raises:
+            ZeroStateError: the loss is not a scalar or has no gradient function, or `accumulation` changes midway.
+        """
+        if not isinstance(loss, Tensor) or loss.numel() != 1 or not loss.requires_grad:
+            what = (
+                f"shape {tuple(loss.shape)}, requires_grad {loss.requires_grad}"
+                if isinstance(loss, Tensor)
+                else type(loss)
+            )
+            raise ZeroStateError(
+                f"backward needs a scalar loss with a gradient function, got {what}; reduce it, e.g. loss.mean()"
+            )
+        self.end_backward()
+        divisor = self.config.gradient_accumulation_steps if accumulation is None else accumulation
+        if self.reducer.micro_batches and divisor != self.reducer.divisor:
+            raise ZeroStateError(
+                f"this micro-batch divides by {divisor}, the {self.reducer.micro_batches} before it in the step by"
+                f" {self.reducer.divisor}; use one value for all micro-batches of a step"
+            )
+        self.reducer.divisor = divisor
+        scaled = loss if self.loss_scale == 1.0 else loss.float() * self.loss_scale
+        scaled.backward(retain_graph=retain_graph)  # type: ignore[no-untyped-call]
+        self.end_backward()
+
+    def end_backward(self) -> None:
+        """End a micro-batch whose backward ran outside `backward()`; the next forward and `step` do it as well."""
+        if self._sync:
+            self.reducer.flush()
+        else:
+            self.reducer.keep_local()
+        self.sharded.end_micro_batch()
+
+    @contextlib.contextmanager
+    def no_sync(self) -> Iterator[None]:
+        """Backwards inside keep their gradients on this rank (4 bytes per parameter); the next one outside reduces all."""
+        if not self._sync:
+            raise ZeroStateError("no_sync is entered inside no_sync; leave the outer one first")
+        self.end_backward()
+        self._sync = False
+        try:
+            yield
+        finally:
+            self.end_backward()
+            self._sync = True
+
+    # -- the boundary -------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
+        """Apply the accumulated mean gradient and forget it.
+
+        Raises:
+            ZeroStateError: no backward since the last step, or inside no_sync.
+            NonFiniteGradientError: inf or NaN where skipping is not allowed; the weights are unchanged.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        if not self._sync:
+            raise ZeroStateError("step inside no_sync; leave the context first, its gradients are not reduced")
+        self.end_backward()
+        if not self.reducer.micro_batches:
+            raise ZeroStateError("step without a backward: no gradient has been reduced since the last step")
+        self.reducer.finish_means()
+        for unit in self.sharded.trainable:
+            unit.absorb_edits()
+        norm = global_norm(self.sharded.trainable, self.comm, sharded=self.sharded.parts.state) / self.loss_scale
+        self.grad_norm = norm
+        self.overflow = self.config.check_nonfinite and not math.isfinite(norm)
+        self.step_applied = not self.overflow
+        if self.overflow:
+            self._skip()
+        else:
+            self.inner.step(self._coefficient(norm))
+            for unit in self.sharded.trainable:
+                unit.publish(self.config.allgather_bucket_size)
+            self.scaler.update(overflow=False)
+        self.reducer.clear()
+        return loss
+
+    def _coefficient(self, norm: float) -> float:
+        """The one factor between the mean gradient and what the optimizer sees: unscale and clip."""
+        limit = self.config.gradient_clipping
+        clip = min(1.0, limit / (norm + 1e-6)) if limit > 0 else 1.0
+        return clip / self.loss_scale
+
+    def _skip(self) -> None:
+        """A boundary with inf or NaN: nothing changes; say what and where."""
+        culprit = first_nonfinite(self.sharded.trainable, self.comm)
+        skip = self.config.skip_nonfinite
+        if skip is None:
+            skip = self._low_precision
+        if not skip:
+            self.reducer.clear()
+            raise NonFiniteGradientError(
+                f"the gradient of {culprit} holds inf or NaN (global norm {self.grad_norm}); the weights are unchanged."
+                " Check the batch and the learning rate, or set skip_nonfinite to drop such steps"
+            )
+        scale = self.loss_scale
+        try:
+            self.scaler.update(overflow=True, culprit=culprit)
+        finally:
+            self.reducer.clear()
+        if self.comm.rank == 0:
+            then = f"; loss scale {scale:g} -> {self.loss_scale:g}" if self.scaler.dynamic else ""
+            logger.warning("step skipped: the gradient of %s holds inf or NaN%s", culprit, then)
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Forget gradients that have not been stepped with."""
+        if self.reducer.micro_batches or self.has_gradients():
+            self.reducer.clear()
+        for unit in self.sharded.trainable:
+            for parameter in unit.parameters:
+                parameter.grad = None
+
+    def has_gradients(self) -> bool:
+        """Whether any unit holds a gradient."""
+        return any(unit.grad_kind is not GradKind.EMPTY or unit.local is not None for unit in self.sharded.trainable)
+
+    @torch.no_grad()
+    def refresh_master(self) -> None:
+        """Take the parameters' present values over into the masters (after edits through `.data`)."""
+        for unit in self.sharded.trainable:
+            if unit.master is not None and unit.master is not unit.storage.own:
+                unit.master.copy_(unit.storage.own)
+
+    # -- state --------------------------------------------------------------------------------------------------
+
+    def export_state(self) -> list[StateSegment]:
+        """What this rank saves: over all ranks every element once. Tensors alias the live state."""
+        return [*self._segments(shard_only=True), *self.sharded.parameter_segments()]
+
+    def import_targets(self, keys: dict[str, torch.dtype] | None = None) -> list[StateSegment]:
+        """Writable segments of everything this rank needs; `keys` are optimizer states to allocate (name -> dtype)."""
+        for segment in self.inner.segments:
+            if self.inner.fused:
+                self.inner.allocate(segment)
+            for key, dtype in (keys or {}).items():
+                state = self.optimizer.state[segment.parameter]
+                if key not in state:
+                    state[key] = torch.zeros_like(segment.parameter, dtype=dtype)
+        return [*self._segments(shard_only=False), *self.sharded.parameter_segments()]
+
+    def _segments(self, *, shard_only: bool) -> Iterator[StateSegment]:
+        for segment in self.inner.segments:
+            unit = segment.unit
+            start = unit.start + segment.offset
+            stop = start + segment.numel
+            if shard_only:
+                low, high = unit.layout.shard_range(self.comm.rank)
+                start, stop = max(start, low), min(stop, high)
+            if start < stop:
+                yield self._segment_state(segment, start, stop)
+
+    def _segment_state(self, segment: MasterSegment, start: int, stop: int) -> StateSegment:
+        part = slice(start - segment.unit.start - segment.offset, stop - segment.unit.start - segment.offset)
+        tensors = {MASTER: segment.parameter.data[part]}
+        scalars = {}
+        for key, value in self.optimizer.state.get(segment.parameter, {}).items():
+            if isinstance(value, Tensor) and value.numel() == segment.numel and value.dim() == 1:
+                tensors[key] = value[part]
+            elif isinstance(value, Tensor):
+                scalars[key] = float(value)
+            elif isinstance(value, (int, float)):
+                scalars[key] = value
+        return StateSegment(segment.unit.layout, segment.group, start, stop - start, tensors, scalars)
+
+    @torch.no_grad()
+    def finish_import(self, scalars: dict[str, dict[str, float]] | None = None) -> None:
+        """Publish what was loaded into the masters; `scalars` maps a parameter name to its optimizer numbers."""
+        for segment in self.inner.segments:
+            unit = segment.unit
+            state = self.optimizer.state[segment.parameter]
+            first = next(unit.layout.pieces(unit.start + segment.offset, unit.start + segment.offset + 1))
+            for key, value in ((scalars or {}).get(first.slot.name) or {}).items():
+                state[key] = torch.tensor(float(value), dtype=torch.float32) if key == "step" else value
+            if unit.master is not None and unit.master is not unit.storage.own:
+                unit.storage.own.copy_(unit.master)
+        for unit in self.sharded.units:
+            if unit.master is None and not unit.sharded:
+                continue
+            unit.publish(self.config.allgather_bucket_size)
+        self.reducer.clear()
+
+    def state_dict(self) -> dict[str, Any]:  # type: ignore[override]
+        """This rank's part of the state (masters, optimizer state, scaler); checkpoints use `export_state` instead."""
+        return {
+            "zero_stage": self.zero_stage,
+            "loss_scaler": self.scaler.state_dict(),
+            "overflow": self.overflow,
+            "partition_count": self.shard_map.state_shards,
+            "optimizer_state_dict": self.optimizer.state_dict(),
+            "fp32_flat_groups": [segment.parameter.data for segment in self.inner.segments],
+        }
+
+    @torch.no_grad()
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take over `state_dict()` of the same rank at the same layout."""
+        flats = state_dict["fp32_flat_groups"]
+        if len(flats) != len(self.inner.segments):
+            raise ZeroStateError(
+                f"state of {len(flats)} segments does not fit this rank's {len(self.inner.segments)}; it was taken at another"
+                " layout: use a checkpoint, which loads at any"
+            )
+        self.optimizer.load_state_dict(state_dict["optimizer_state_dict"])
+        for segment, flat in zip(self.inner.segments, flats, strict=True):
+            segment.parameter.data.copy_(flat)
+        self.scaler.load_state_dict(state_dict["loss_scaler"])
+        self.finish_import()
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Only while being built; a sharded model's groups are fixed."""
+        if hasattr(self, "scaler"):
+            raise ZeroStateError(
+                "add_param_group after sharding: the units are laid out; add the group before ds_zero.shard"
+            )
+        super().add_param_group(param_group)
+
+    def close(self) -> None:
+        """Remove hooks and windows (collective); the model is closed separately."""
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks.clear()
+        self.reducer.close()
+
+
+def trainable_parameters(groups: list[dict[str, Any]]) -> dict[nn.Parameter, int]:
+    """Parameter -> index of its optimizer group."""
+    return {parameter: index for index, group in enumerate(groups) for parameter in group["params"]}

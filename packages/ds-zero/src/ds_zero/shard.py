@@ -1,0 +1,98 @@
+"""shard(): the public verb, and the only place where the number of a ZeRO stage means something.
+
+stage 0   nothing is sharded (the one-shard layout)
+stage 1   optimizer state       Rajbhandari et al. 2020, "ZeRO: Memory Optimizations Toward Training Trillion
+stage 2   + gradients           Parameter Models"
+stage 3   + parameters
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from torch import nn
+from torch.optim import Optimizer
+
+import ds_comm
+from ds_zero.blocks import find_blocks
+from ds_zero.config import ZeroConfig
+from ds_zero.errors import LayoutError
+from ds_zero.optimizer import ZeroOptimizer, trainable_parameters
+from ds_zero.sharded import ShardedModel, StageParts
+
+__all__ = ["shard", "sharded_of"]
+
+
+def stage_parts(stage: int) -> StageParts:
+    """What each stage shards."""
+    return StageParts(state=stage >= 1, grads=stage >= 2, params=stage >= 3)
+
+
+def shard(
+    model: nn.Module,
+    optimizer: Optimizer | None = None,
+    *,
+    config: ZeroConfig | dict[str, Any] | None = None,
+    group: Any = None,
+    units: Iterable[str | type[nn.Module]] | None = None,
+) -> tuple[nn.Module, ZeroOptimizer | None]:
+    """Shard a model and its optimizer over the ranks of a group; collective, call it on every rank alike.
+
+    The model object stays the same and is used as before. The returned optimizer replaces the given one: after any
+    number of `loss.backward()` (or `optimizer.backward(loss)`), `optimizer.step()` updates the model with the mean
+    gradient over ranks.
+
+    Args:
+        model: any torch module; its parameters may have been built under `Init`.
+        optimizer: any elementwise torch optimizer over (some of) the model's parameters, not stepped yet; parameters
+            that it does not hold are frozen. None: the model only runs forward.
+        config: stage, precision, accumulation, clipping, bucket sizes.
+        group: process group to shard over (None: the world; initialised here if need be).
+        units: module names or classes to gather together, instead of the automatic choice of transformer blocks.
+    Returns:
+        (model, ZeroOptimizer or None)
+    Raises:
+        LayoutError: an optimizer parameter is not in the model, or is in two groups; unit names that match nothing.
+    """
+    settings = config if isinstance(config, ZeroConfig) else ZeroConfig(**(config or {}))
+    if sharded_of(model) is not None:
+        raise LayoutError("this model is sharded already; shard it once, or close() the first optimizer")
+    ds_comm.init_distributed()
+    comm = ds_comm.communicator(group)
+    groups = {} if optimizer is None else trainable_parameters(optimizer.param_groups)
+    _check_known(model, optimizer, groups)
+    late: list[ZeroOptimizer] = []
+
+    def begin_forward() -> None:
+        if late:
+            late[0].end_backward()
+
+    blocks = find_blocks(model, units)
+    sharded = ShardedModel(model, blocks, groups, settings, stage_parts(settings.stage), comm, begin_forward)
+    sharded.set_places()
+    model.__dict__["_zero_sharded"] = sharded
+    if optimizer is None:
+        return model, None
+    if not sharded.trainable:
+        raise LayoutError("the optimizer holds no parameter that requires a gradient; nothing would be trained")
+    late.append(ZeroOptimizer(optimizer, sharded))
+    model.__dict__["_zero_optimizer"] = late[0]
+    return model, late[0]
+
+
+def sharded_of(model: nn.Module) -> ShardedModel | None:
+    """The ShardedModel of a model that `shard` has laid out; None for any other."""
+    return model.__dict__.get("_zero_sharded")
+
+
+def _check_known(model: nn.Module, optimizer: Optimizer | None, groups: dict[nn.Parameter, int]) -> None:
+    if optimizer is None:
+        return
+    known = set(model.parameters())
+    strange = [tuple(p.shape) for p in groups if p not in known]
+    if strange:
+        raise LayoutError(
+            f"{len(strange)} parameters of {type(optimizer).__name__} are not in the model, first of shape {strange[0]};"
+            " build the optimizer from this model's parameters()"
+        )

@@ -1,0 +1,276 @@
+"""ShardedModel: a model's units, hooks and shard map; what exists whether or not an optimizer does.
+
+Built once by `shard()`. It owns the units (memory), the gather hooks (stage 3), and the place of every parameter;
+the optimizer side (gradients, update) is `ZeroOptimizer`. Nothing here is process-wide: several live side by side.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import xxhash
+from torch import Tensor, nn
+
+from ds_comm import Communicator
+from ds_zero._hooks import GatherHooks
+from ds_zero._param import adopt, mark_gathered, mark_released, record_of
+from ds_zero._unit import Unit, UnitStatus
+from ds_zero.blocks import Block
+from ds_zero.config import ZeroConfig
+from ds_zero.layout import FROZEN, ParamSpec, ShardMap, plan_shard_map
+from ds_zero.precision import DTYPES, dtype_name
+from ds_zero.state import PARAM, StateSegment
+
+__all__ = ["Place", "ShardedModel", "StageParts", "UnitHome", "place_of"]
+
+
+@dataclasses.dataclass(frozen=True)
+class StageParts:
+    """What of a unit is sharded. The number of the stage is not known beyond this."""
+
+    state: bool
+    grads: bool
+    params: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class Place:
+    """Where a parameter of a sharded model lives."""
+
+    owner: ShardedModel
+    unit: Unit
+    index: int
+
+
+def place_of(parameter: Tensor) -> Place | None:
+    """The place of a parameter that `shard()` laid out; None for any other tensor."""
+    return parameter.__dict__.get("_zero_place") if isinstance(parameter, nn.Parameter) else None
+
+
+class UnitHome:
+    """Home of a stage-3 parameter: one slot of a unit."""
+
+    def __init__(self, unit: Unit, index: int) -> None:
+        self.unit = unit
+        self.index = index
+        self.comm = unit.comm
+
+    @property
+    def available(self) -> bool:
+        return self.unit.status is UnitStatus.GATHERED
+
+    @property
+    def shard(self) -> Tensor:
+        unit, slot = self.unit, self.unit.layout.slots[self.index]
+        start, stop = unit.layout.shard_range(unit.comm.rank)
+        low, high = max(start, slot.offset), max(min(stop, slot.stop), max(start, slot.offset))
+        return unit.storage.shard[low - start : high - start] if low < high else unit.storage.shard[:0]
+
+    def fetch(self) -> Tensor:
+        return self.unit.fetch(self.index)
+
+    def store(self, value: Tensor) -> None:
+        self.unit.store(self.index, value)
+
+    def hold(self, held: bool) -> None:
+        (self.unit.held.add if held else self.unit.held.discard)(self.index)
+
+    def restore(self, parameter: nn.Parameter) -> None:
+        if self.available:
+            mark_gathered(parameter)
+            parameter.data = self.unit.view(self.unit.layout.slots[self.index])
+        else:
+            parameter.data = torch.empty(0, dtype=parameter.dtype, device=parameter.device)
+            mark_released(parameter)
+
+
+class ShardedModel:
+    """Units and hooks of one model. See `shard()` for the arguments' meaning."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        blocks: Sequence[Block],
+        groups: dict[nn.Parameter, int],
+        config: ZeroConfig,
+        parts: StageParts,
+        comm: Communicator,
+        begin_forward: Callable[[], None],
+    ) -> None:
+        self.module = model
+        self.config = config
+        self.comm = comm
+        self.parts = parts
+        self._names = _names(model)
+        by_name = {names[0]: parameter for parameter, names in self._names.items()}
+        self.shard_map: ShardMap = plan_shard_map(
+            [(block.name, [self._spec(p, groups) for p in block.parameters]) for block in blocks],
+            num_shards=comm.size,
+            state_shards=comm.size if parts.state else 1,
+            persistence_threshold=config.param_persistence_threshold if parts.params else 0,
+            persistence_total=config.model_persistence_threshold // comm.size if parts.params else None,
+        )
+        comm.agree(self.shard_map.fingerprint(), label="shard map (every rank must build the same model and optimizer)")
+        self._equalise(model)
+        self.units: list[Unit] = []
+        for layout in self.shard_map.units:
+            parameters = [by_name[slot.name] for slot in layout.slots]
+            self.units.append(self._build(Unit, layout, parameters, bool(groups)))
+        self.trainable = [unit for unit in self.units if unit.layout.trainable]
+        unit_of = {p: unit for unit in self.units for p in unit.parameters}
+        self._begin_forward = begin_forward
+        self.hooks: GatherHooks | None = None
+        self._root_hook: Any = None
+        if parts.params:
+            sharded = {p: unit for p, unit in unit_of.items() if unit.sharded}
+            owners = [
+                (owner, list(dict.fromkeys(sharded[p] for p in block.parameters if p in sharded)))
+                for block in blocks
+                for owner in block.owners
+            ]
+            self.hooks = GatherHooks(model, _merge(owners), sharded, config, begin_forward)
+            self._adopt()
+        else:
+            self._root_hook = model.register_forward_pre_hook(lambda module, args: begin_forward(), prepend=True)
+
+    def _spec(self, parameter: nn.Parameter, groups: dict[nn.Parameter, int]) -> ParamSpec:
+        record = record_of(parameter)
+        names = self._names[parameter]
+        dtype = parameter.dtype
+        if self.config.dtype is not None and dtype.is_floating_point:
+            dtype = DTYPES[self.config.dtype]
+        group = groups.get(parameter, FROZEN) if parameter.requires_grad else FROZEN
+        return ParamSpec(
+            names[0],
+            tuple(record.shape if record is not None else parameter.shape),
+            dtype_name(dtype),
+            parameter.requires_grad and dtype.is_floating_point and (group != FROZEN or not groups),
+            group,
+            tuple(names[1:]),
+        )
+
+    def _equalise(self, model: nn.Module) -> None:
+        """Give every rank rank 0's initial values, unless all ranks hold the same already (a hash tells)."""
+        tensors = [p.data for p in self._names if record_of(p) is None]
+        tensors += [b for b in model.buffers() if b.device.type != "meta"]
+        if self.comm.size == 1 or not tensors:
+            return
+        digest = xxhash.xxh3_64()
+        for tensor in tensors:
+            digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+        mine = torch.tensor([digest.intdigest() >> 2], dtype=torch.int64, device=tensors[0].device)
+        first = mine.clone()
+        self.comm.broadcast(first, 0, label="hash of the initial values")
+        differs = (mine != first).to(torch.int64)
+        self.comm.all_reduce(differs, label="initial values that differ")
+        if int(differs):
+            for tensor in tensors:
+                whole = tensor.contiguous()
+                self.comm.broadcast(whole, 0, label="initial values")
+                tensor.copy_(whole)
+
+    def _build(self, kind: type[Unit], layout: Any, parameters: list[nn.Parameter], has_optimizer: bool) -> Unit:
+        """Make a unit and move the parameters' values into it, one parameter at a time."""
+        unit = kind(layout, parameters, self.comm, self.shard_map, shard_params=self.parts.params)
+
+        def value_of(index: int) -> Tensor:
+            parameter = parameters[index]
+            record = record_of(parameter)
+            if record is None:
+                value = parameter.data
+            else:
+                value = record.home.fetch()
+            parameter.data = torch.empty(0, dtype=unit.storage.full.dtype, device=unit.device)
+            return value
+
+        for parameter in parameters:
+            parameter.grad = None
+        unit.load(value_of, with_master=has_optimizer and layout.trainable)
+        if not self.parts.params:
+            for parameter in parameters:  # zero.Init was used, but this stage keeps whole parameters
+                if record_of(parameter) is not None:
+                    del parameter.__dict__["_zero_record"]
+                    parameter.__class__ = nn.Parameter
+        if unit.sharded:
+            unit.detach()
+        else:
+            unit.attach()
+        return unit
+
+    def _adopt(self) -> None:
+        for unit in self.units:
+            for index, (slot, parameter) in enumerate(zip(unit.layout.slots, unit.parameters, strict=True)):
+                home = UnitHome(unit, index)
+                record = adopt(parameter, torch.Size(slot.shape), home)
+                record.register_external = self._external
+                home.restore(parameter)
+        for module in self.module.modules():
+            for parameter in module.__dict__.get("_zero_external", {}):
+                self._external(module, parameter, True)
+
+    def _external(self, module: nn.Module, parameter: nn.Parameter, add: bool) -> None:
+        place = place_of(parameter)
+        if self.hooks is None or (place is not None and not place.unit.sharded):
+            return
+        (self.hooks.register_external if add else self.hooks.unregister_external)(module, parameter)
+
+    def set_places(self) -> None:
+        """Let each parameter know its place (for the safe_* accessors)."""
+        for unit in self.units:
+            for index, parameter in enumerate(unit.parameters):
+                parameter.__dict__["_zero_place"] = Place(self, unit, index)
+
+    def end_micro_batch(self) -> None:
+        """Release what a backward left gathered."""
+        if self.hooks is not None:
+            self.hooks.end_micro_batch()
+
+    def parameter_segments(self) -> list[StateSegment]:
+        """Own elements of the parameters that no optimizer updates: what a checkpoint saves of them."""
+        segments = []
+        for unit in self.units:
+            if unit.master is None:
+                start, stop = unit.layout.shard_range(self.comm.rank)
+                for segment in unit.layout.segments(start, stop):
+                    tensor = unit.storage.shard[segment.offset : segment.offset + segment.numel]
+                    segments.append(
+                        StateSegment(
+                            unit.layout, segment.group, start + segment.offset, segment.numel, {PARAM: tensor}, {}
+                        )
+                    )
+        return segments
+
+    def close(self) -> None:
+        """Undo the sharding: parameters become ordinary tensors with their full values (collective)."""
+        if self.hooks is not None:
+            self.hooks.close()
+        if self._root_hook is not None:
+            self._root_hook.remove()
+        for unit in self.units:
+            unit.gather()
+            unit.close()
+            for parameter in unit.parameters:
+                parameter.__dict__.pop("_zero_place", None)
+                if parameter.__dict__.pop("_zero_record", None) is not None:
+                    parameter.__class__ = nn.Parameter
+        self.units.clear()
+
+
+def _names(model: nn.Module) -> dict[nn.Parameter, list[str]]:
+    """Parameter -> all its names, ties found by identity and by storage."""
+    found: dict[nn.Parameter, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        found.setdefault(parameter, []).append(name)
+    return found
+
+
+def _merge(owners: list[tuple[nn.Module, list[Unit]]]) -> list[tuple[nn.Module, list[Unit]]]:
+    """One entry per owner, with all of its units."""
+    merged: dict[int, tuple[nn.Module, list[Unit]]] = {}
+    for owner, units in owners:
+        entry = merged.setdefault(id(owner), (owner, []))
+        entry[1].extend(unit for unit in units if unit not in entry[1])
+    return [entry for entry in merged.values() if entry[1]]
