@@ -129,8 +129,7 @@ class OneCycle(Schedule):
         second = (
             first if cycle_second_step_size is None else positive_int("cycle_second_step_size", cycle_second_step_size)
         )
-        self.total_size = first + second
-        self.step_ratio = first / self.total_size
+        self.first_size, self.second_size, self.total_size = first, second, first + second
         second_stairs = cycle_first_stair_count if cycle_second_stair_count is None else cycle_second_stair_count
         self.stair_counts = (cycle_first_stair_count, second_stairs)
         self.decay_step_size = decay_step_size
@@ -151,12 +150,12 @@ class OneCycle(Schedule):
         return list(self.min_lrs)
 
     def _height(self, t: int) -> float:
-        """s: how far up the cycle t is, from 0 to 1."""
-        x = ((t + 1) % self.total_size) / self.total_size
-        up = x <= self.step_ratio
-        height = x / self.step_ratio if up else (x - 1) / (self.step_ratio - 1)
+        """s: how far up the cycle t is, from 0 to 1. Whole numbers keep a stair's edge where it belongs."""
+        position = (t + 1) % self.total_size
+        up = position <= self.first_size
+        done, size = (position, self.first_size) if up else (self.total_size - position, self.second_size)
         stairs = self.stair_counts[0 if up else 1]
-        return math.floor(height * stairs) / stairs if stairs > 0 else height
+        return done * stairs // size / stairs if stairs > 0 else done / size
 
     def _decay(self, t: int, rate: float) -> float:
         return (

@@ -1,6 +1,6 @@
 """Documentation made from the models and the support table: the page docs/config.md and a JSON Schema for editors.
 
-`python -m deepspeed.config.document docs/config.md` rewrites the page; a test holds the committed one against it.
+`python -m deepspeed.config docs/config.md` rewrites the page; a test holds the committed one against it.
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ import sys
 import types
 import typing
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 from deepspeed.config.base import Section
@@ -21,7 +20,7 @@ __all__ = ["config_page", "json_schema"]
 
 _HEAD = """# The config, key by key
 
-<!-- Made by `python -m deepspeed.config.document docs/config.md` from the models and the support table: change
+<!-- Made by `python -m deepspeed.config docs/config.md` from the models and the support table: change
 those, not this page. -->
 
 `deepspeed.initialize(config=...)` takes a dict, the path of a JSON file (comments and trailing commas are fine), or
@@ -140,7 +139,3 @@ def _model_name(section: str) -> str:
     return next(
         key.section.__name__ for key in known_keys(ConfigModel) if key.path == section and key.section is not None
     )
-
-
-if __name__ == "__main__":
-    Path(sys.argv[1]).write_text(config_page(), encoding="utf-8")

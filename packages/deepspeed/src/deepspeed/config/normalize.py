@@ -33,6 +33,15 @@ class Normalized:
     notes: list[str] = field(default_factory=list)
     """Deprecation warnings, one line each."""
 
+    def as_written(self, path: str) -> str:
+        """How the user spelt the key at canonical `path`."""
+        names = path.split(".")
+        for length in range(len(names), 0, -1):
+            prefix = ".".join(names[:length])
+            if prefix in self.written:
+                return ".".join([self.written[prefix], *names[length:]])
+        return path
+
 
 def normalize(raw: Mapping[str, Any]) -> Normalized:
     """Canonical form of a config. Raises DeepSpeedConfigError for keys that are no strings, ConfigConflictError for

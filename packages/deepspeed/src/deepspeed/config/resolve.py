@@ -23,7 +23,7 @@ from deepspeed.config.model import ConfigModel
 from deepspeed.config.normalize import Normalized, normalize
 from deepspeed.config.problems import config_error, unknown_key
 from deepspeed.config.resolved import ResolvedConfig
-from deepspeed.config.rules import check, model_dtype
+from deepspeed.config.rules import check, ignored_placements, model_dtype
 from deepspeed.config.source import ConfigSource, LoadedConfig, choose_config, load_config
 from deepspeed.errors import ConfigConflictError, DeepSpeedConfigError
 from ds_comm.log import get_logger, log_dist
@@ -89,7 +89,7 @@ def resolve(
             "remove the key, or start as many ranks"
         )
     resolved = _derive(model, batch, sources, loaded, ranks)
-    ignored = tuple(ignored_keys(model))
+    ignored = (*ignored_keys(model), *ignored_placements(model))
     _log(warnings, ignored, loaded.origin)
     return resolved
 
@@ -157,7 +157,7 @@ def _sources(model: ConfigModel, normalized: Normalized, loaded: LoadedConfig, a
         if path in argued:
             found[path] = "argument"
         elif _has(normalized.data, path):
-            found[path] = f"{loaded.origin}: {normalized.written.get(path, path)}"
+            found[path] = f"{loaded.origin}: {normalized.as_written(path)}"
         elif path in normalized.auto:
             found[path] = f'default ({loaded.origin} says "auto")'
         else:

@@ -18,7 +18,7 @@ from deepspeed.config.enforce import refused_keys
 from deepspeed.config.model import ConfigModel
 from deepspeed.errors import ConfigConflictError, DeepSpeedConfigError
 
-__all__ = ["DEEPSPEED_OPTIMIZERS", "check", "model_dtype"]
+__all__ = ["DEEPSPEED_OPTIMIZERS", "check", "ignored_placements", "model_dtype"]
 
 DEEPSPEED_OPTIMIZERS: dict[str, str] = {"adam": "Adam", "adamw": "AdamW", "adagrad": "Adagrad"}
 """Names matched in any case -> the spelling of upstream. Other names are classes of torch.optim."""
@@ -88,15 +88,29 @@ def _communication(config: ConfigModel) -> Iterator[str]:
         )
 
 
-def _offload(config: ConfigModel, device_type: str) -> Iterator[str]:
+def _placements(config: ConfigModel) -> Iterator[tuple[str, str, bool]]:
+    """The offload blocks that ask for another device: (name, device, whether the stage has such states to move)."""
     zero = config.zero_optimization
-    placements = []
-    if zero.offload_optimizer is not None and zero.stage >= 1:
-        placements.append(("offload_optimizer", zero.offload_optimizer.device))
-    if zero.offload_param is not None and zero.stage == 3:
-        placements.append(("offload_param", zero.offload_param.device))
-    for name, device in placements:
-        if device == "nvme" or (device == "cpu" and device_type != "cpu"):
+    if zero.offload_optimizer is not None and zero.offload_optimizer.device != "none":
+        yield "offload_optimizer", zero.offload_optimizer.device, zero.stage >= 1
+    if zero.offload_param is not None and zero.offload_param.device != "none":
+        yield "offload_param", zero.offload_param.device, zero.stage == 3
+
+
+def ignored_placements(config: ConfigModel) -> Iterator[tuple[str, str]]:
+    """The offload devices that change nothing in a config that passed `check`: (key, reason)."""
+    for name, _, applies in _placements(config):
+        reason = (
+            "states are in host memory anyway"
+            if applies
+            else f"stage {config.zero_optimization.stage} has no such shards"
+        )
+        yield f"zero_optimization.{name}.device", reason
+
+
+def _offload(config: ConfigModel, device_type: str) -> Iterator[str]:
+    for name, device, applies in _placements(config):
+        if applies and (device == "nvme" or device_type != "cpu"):
             yield (
                 f"not supported yet: zero_optimization.{name}.device {device} on a {device_type} host: states "
                 "stay on the device they are used on. "
