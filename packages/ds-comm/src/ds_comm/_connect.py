@@ -51,13 +51,9 @@ class _Identity:
 def _host() -> str:
     """Host, boot and process namespace: ranks with the same value see each other under the same process ids."""
     parts = [socket.gethostname()]
-    for path in ("/proc/sys/kernel/random/boot_id",):
-        try:
-            with open(path, encoding="ascii") as file:
-                parts.append(file.read().strip())
-        except OSError:
-            parts.append("?")
     try:
+        with open("/proc/sys/kernel/random/boot_id", encoding="ascii") as file:
+            parts.append(file.read().strip())
         parts.append(os.readlink("/proc/self/ns/pid"))
     except OSError:
         parts.append(f"process {os.getpid()}")  # without /proc nothing can be shared: be a host of one's own
@@ -74,7 +70,7 @@ class _Meeting:
     def exchange(self, name: str, payload: bytes) -> list[bytes]:
         """Every rank's payload, in rank order; RankMissingError naming the ranks that do not post theirs."""
         keys = [f"{self.prefix}/{name}/{rank}" for rank in range(self._comm.size)]
-        self.store.set(keys[self._comm.rank], payload)
+        self.store.set(keys[self._comm.rank], payload)  # type: ignore[arg-type]  # bytes are taken too
         patience = Patience(self._watchdog, f"connecting a group of {self._comm.size} ranks ({name})")
         missing = list(range(self._comm.size))
         pause = 0.0005
@@ -82,8 +78,8 @@ class _Meeting:
             names = ", ".join(str(self._comm.global_ranks[rank]) for rank in missing)
             if patience.exhausted:
                 raise RankMissingError(
-                    f"{patience.what}: rank {names} did not come within {patience.waited:.0f} s. Every rank of the group "
-                    "must make its first call on the group"
+                    f"{patience.what}: rank {names} did not come within {patience.waited:.0f} s. Every rank of the "
+                    "group must make the group's first call"
                 )
             patience.notice(lambda text=names: f"rank {text} is not there")  # type: ignore[misc]
             time.sleep(pause)
@@ -164,7 +160,8 @@ def _share_control(
     answer = meeting.exchange("control", offer)[0].decode()
     segment, problem = None, answer[1:] if answer.startswith("-") else ""
     if not problem:
-        segment, problem = _try(lambda: Segment(answer[1:], nbytes, (comm.rank * ROW_NBYTES, (comm.rank + 1) * ROW_NBYTES)))
+        own = (comm.rank * ROW_NBYTES, (comm.rank + 1) * ROW_NBYTES)
+        segment, problem = _try(lambda: Segment(answer[1:], nbytes, own))
         problems = meeting.exchange("mapped", problem.encode())
         problem = next((text.decode(errors="replace") for text in problems if text), "")
     if fd >= 0:

@@ -11,10 +11,10 @@ from ds_comm.errors import CommArgumentError, CommError
 
 _LOOPBACK = "127.0.0.1"
 
-# launcher, then the names of its variables: rank, size, local rank, local size
+# launcher, then its variables: rank, size, local rank, local size
 _LAUNCHERS = (
-    ("Open MPI", "OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_SIZE"),
-    ("MVAPICH2", "MV2_COMM_WORLD_RANK", "MV2_COMM_WORLD_SIZE", "MV2_COMM_WORLD_LOCAL_RANK", "MV2_COMM_WORLD_LOCAL_SIZE"),
+    ("Open MPI", *(f"OMPI_COMM_WORLD_{name}" for name in ("RANK", "SIZE", "LOCAL_RANK", "LOCAL_SIZE"))),
+    ("MVAPICH2", *(f"MV2_COMM_WORLD_{name}" for name in ("RANK", "SIZE", "LOCAL_RANK", "LOCAL_SIZE"))),
     ("PMI", "PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID", "MPI_LOCALNRANKS"),
     ("SLURM", "SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID", "SLURM_NTASKS_PER_NODE"),
     ("SLURM", "SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID", "SLURM_NTASKS_PER_NODE"),
@@ -65,12 +65,14 @@ def discover(
     if "RANK" in env or "WORLD_SIZE" in env:
         for name in ("RANK", "WORLD_SIZE"):
             if name not in env:
-                raise CommError(f"the environment has RANK or WORLD_SIZE but no {name}; a launcher sets both, or neither")
+                raise CommError(
+                    f"the environment has RANK or WORLD_SIZE but no {name}; a launcher sets both or neither"
+                )
         world_size = _number(env, "WORLD_SIZE", 1)
         address = env.get("MASTER_ADDR")
         if address is None:
             if world_size > 1 and not explicit:
-                raise CommError(f"WORLD_SIZE={world_size}, but MASTER_ADDR is not set: the address of rank 0's host is needed")
+                raise CommError(f"WORLD_SIZE={world_size}, but MASTER_ADDR is not set: set it to rank 0's host")
             address = _LOOPBACK
         rank = _number(env, "RANK", 0)
         return _checked(Launch(rank, world_size, _number(env, "LOCAL_RANK", 0), address, port))
@@ -116,5 +118,5 @@ def _number(env: Mapping[str, str], name: str, default: int) -> int:
 
 def _checked(launch: Launch) -> Launch:
     if not 0 <= launch.rank < launch.world_size:
-        raise CommError(f"rank {launch.rank} is not in a world of {launch.world_size}: expected 0 to {launch.world_size - 1}")
+        raise CommError(f"rank {launch.rank} is not in a world of {launch.world_size} (ranks count from 0)")
     return launch

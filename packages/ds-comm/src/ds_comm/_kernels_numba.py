@@ -73,7 +73,8 @@ def _to_fp16(value: Any) -> Any:
     bits = _as_bits(value)
     sign = (bits >> np.uint32(16)) & np.uint32(0x8000)
     size = bits & np.uint32(0x7FFFFFFF)
-    normal = (size - np.uint32(112 << 23) + np.uint32(0xFFF) + ((size >> np.uint32(13)) & np.uint32(1))) >> np.uint32(13)
+    to_even = np.uint32(0xFFF) + ((size >> np.uint32(13)) & np.uint32(1))
+    normal = (size - np.uint32(112 << 23) + to_even) >> np.uint32(13)
     # adding 0.5 puts the unit of fp16's subnormals (2**-24) in the last place of the sum, which the addition rounds to
     tiny = _as_bits(_as_float(size) + np.float32(0.5)) - np.uint32(0x3F000000)
     picked = tiny if size < np.uint32(0x38800000) else normal

@@ -5,7 +5,7 @@ Owns: whether ``init_distributed`` ran, the communicators made so far (one per p
 Invariants
   - Nothing runs at import. ``is_initialized()`` is False until ``init_distributed`` of *this* package ran, also when
     torch.distributed was initialised by somebody else (whose group is then adopted, not replaced).
-  - Leaving (``destroy_process_group``, or the interpreter's end) closes every communicator, so that waiting peers learn of it.
+  - Leaving (``destroy_process_group``, or the interpreter's end) closes every communicator: waiting peers learn of it.
 """
 
 from __future__ import annotations
@@ -147,8 +147,8 @@ def resolve(group: dist.ProcessGroup | None) -> dist.ProcessGroup:
 
 
 def is_member(group: dist.ProcessGroup | None) -> bool:
-    """Whether this process is in the group (torch marks a group one is not in by a special value)."""
-    return group is not dist.GroupMember.NON_GROUP_MEMBER
+    """Whether this process is in the group (torch's new_group gives those who are not an int)."""
+    return not isinstance(group, int)
 
 
 def destroy_process_group(group: dist.ProcessGroup | None = None) -> None:

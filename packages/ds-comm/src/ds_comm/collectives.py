@@ -1,10 +1,10 @@
 """Collectives with the names and signatures of torch.distributed, on the group's communicator.
 
-Every function takes torch's arguments plus ``label``, the name that the ledger and the errors show. ``group=None`` is the
-world; ranks given as src, dst or peer are global, as in torch. With ``async_op`` a ``Work`` comes back (``wait``,
-``is_completed``), else None. A rank outside the group returns at once. CPU tensors go over the group's own transport (shm
-or gloo by all_to_all, reduced in rank order); what that does not serve goes to torch.distributed, counted and stamped
-alike. Point-to-point messages are counted, not stamped: only two ranks take part.
+Every function takes torch's arguments plus ``label``, the name that the ledger and the errors show. ``group=None`` is
+the world; ranks given as src, dst or peer are global, as in torch. With ``async_op`` a ``Work`` comes back (``wait``,
+``is_completed``), else None. A rank outside the group returns at once. CPU tensors go over the group's own transport
+(shm or gloo by all_to_all, reduced in rank order); what that does not serve goes to torch.distributed, counted and
+stamped alike.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from torch import Tensor
 from ds_comm._world import communicator, is_member
 from ds_comm.communicator import Communicator
 from ds_comm.errors import CommArgumentError
-from ds_comm.transport.base import DONE, TorchWork, Work
+from ds_comm.transport.base import DONE, Work
 
 Group = dist.ProcessGroup | None
 Op = dist.ReduceOp | dist.ReduceOp.RedOpType
@@ -112,8 +112,7 @@ def all_gather(
         raise CommArgumentError("all_gather: every tensor of tensor_list must have the shape and dtype of the input")
     gathered = torch.empty(comm.size * tensor.numel(), dtype=tensor.dtype, device=tensor.device)
     work = comm.all_gather_into(gathered, tensor.detach().reshape(-1), label=label, async_op=True)
-    parts = gathered.view(comm.size, -1)
-    return _then(work, lambda: _copy_all(tensor_list, [part.view(tensor.shape) for part in parts]), async_op)
+    return _then(work, lambda: _copy_parts(tensor_list, gathered), async_op)
 
 
 def reduce_scatter(
@@ -153,12 +152,7 @@ def all_to_all(
     out = torch.empty(sum(out_splits), dtype=flat.dtype, device=flat.device)
     in_splits = [t.numel() for t in input_tensor_list]
     work = comm.all_to_all_into(out, flat, out_splits, in_splits, label=label, async_op=True)
-    parts = out.split(out_splits)
-    return _then(
-        work,
-        lambda: _copy_all(output_tensor_list, [p.view(t.shape) for p, t in zip(parts, output_tensor_list, strict=True)]),
-        async_op,
-    )
+    return _then(work, lambda: _copy_parts(output_tensor_list, out), async_op)
 
 
 def reduce(
@@ -242,10 +236,7 @@ def all_reduce_coalesced(
         raise CommArgumentError("all_reduce_coalesced: the tensors must have one dtype; call it once per dtype")
     flat = torch.cat([tensor.detach().reshape(-1) for tensor in tensors])
     work = communicator(group).all_reduce(flat, op, label=label, async_op=True)
-    parts = flat.split([tensor.numel() for tensor in tensors])
-    return _then(
-        work, lambda: _copy_all(tensors, [p.view(t.shape) for p, t in zip(parts, tensors, strict=True)]), async_op
-    )
+    return _then(work, lambda: _copy_parts(tensors, flat), async_op)
 
 
 def all_gather_coalesced(
@@ -328,7 +319,8 @@ def broadcast_object_list(
 def _watched(comm: Communicator, entry: Any, run: Callable[[], None]) -> None:
     """Meet on a watched transport, so that torch's own wait finds every rank there; then run."""
     with comm.ledger.timed(entry):
-        comm.transport.meet(entry) if comm.kind in ("shm", "gloo") else None
+        if comm.kind in ("shm", "gloo"):
+            comm.transport.meet(entry)
         run()
 
 
@@ -369,6 +361,12 @@ def _then(work: Work | None, then: Callable[[], None], async_op: bool) -> Work |
         return pending
     pending.wait()
     return None
+
+
+def _copy_parts(targets: Sequence[Tensor], flat: Tensor) -> None:
+    """Fill the targets, one after the other, from a flat tensor."""
+    parts = flat.split([target.numel() for target in targets])
+    _copy_all(targets, [part.view(target.shape) for part, target in zip(parts, targets, strict=True)])
 
 
 def _copy_all(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:

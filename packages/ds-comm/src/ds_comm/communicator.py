@@ -82,15 +82,14 @@ class Communicator:
             return self._flat(entry, tensor, lambda flat: self.transport.all_reduce(flat, red_op(op), entry), async_op)
         return self.delegate(entry, lambda **kw: dist.all_reduce(tensor, op, group=self.group, **kw), async_op)
 
-    def broadcast(
-        self, tensor: Tensor, src: int, *, label: str | None = None, async_op: bool = False
-    ) -> Work | None:
+    def broadcast(self, tensor: Tensor, src: int, *, label: str | None = None, async_op: bool = False) -> Work | None:
         """In place, from group rank ``src``."""
         self._check_rank(src, "broadcast")
         entry = self.enter("broadcast", tensor.dtype, tensor.numel(), label)
         if self._serves(tensor):
             return self._flat(entry, tensor, lambda flat: self.transport.broadcast(flat, src, entry), async_op)
-        return self.delegate(entry, lambda **kw: dist.broadcast(tensor, group_src=src, group=self.group, **kw), async_op)
+        group = self.group
+        return self.delegate(entry, lambda **kw: dist.broadcast(tensor, group_src=src, group=group, **kw), async_op)
 
     def all_gather_into(
         self, out: Tensor, inp: Tensor, *, label: str | None = None, async_op: bool = False
@@ -112,7 +111,7 @@ class Communicator:
         label: str | None = None,
         async_op: bool = False,
     ) -> Work | None:
-        """inp: ``size`` times the elements of out; out becomes the reduction of this rank's part of every rank's inp."""
+        """inp: ``size`` times the elements of out, which becomes the reduction of this rank's part of every inp."""
         self._check_sizes("reduce_scatter", out, inp, inp.numel(), out.numel() * self.size)
         entry = self.enter(_named("reduce_scatter", op), inp.dtype, inp.numel(), label)
         if self._serves(inp, reduces=True):
@@ -121,9 +120,7 @@ class Communicator:
             return self._flat(
                 entry, out, lambda flat: self.transport.reduce_scatter(flat, source, kind, entry), async_op
             )
-        return self.delegate(
-            entry, lambda **kw: reduce_scatter_single(out, inp, op, group=self.group, **kw), async_op
-        )
+        return self.delegate(entry, lambda **kw: reduce_scatter_single(out, inp, op, group=self.group, **kw), async_op)
 
     def all_to_all_into(
         self,
@@ -144,9 +141,9 @@ class Communicator:
             return self._flat(
                 entry, out, lambda flat: self.transport.all_to_all(flat, source, outs, ins, entry), async_op
             )
-        given = [list(s) if s is not None else None for s in (out_splits, in_splits)]
+        given_out, given_in = (list(s) if s is not None else None for s in (out_splits, in_splits))
         return self.delegate(
-            entry, lambda **kw: dist.all_to_all_single(out, inp, *given, group=self.group, **kw), async_op
+            entry, lambda **kw: dist.all_to_all_single(out, inp, given_out, given_in, group=self.group, **kw), async_op
         )
 
     def barrier(self, *, label: str | None = None, limit: float | None = None) -> None:
@@ -160,20 +157,17 @@ class Communicator:
         entry = self.enter("agree", None, 0, label)
         replies = self.transport.exchange(hashlib.sha256(value.encode()).digest() + value[:200].encode(), entry)
         if len({reply[:32] for reply in replies}) > 1:
-            values = "; ".join(
-                f"rank {self.global_ranks[r]}: {reply[32:].decode(errors='replace')!r}" for r, reply in enumerate(replies)
-            )
+            texts = [reply[32:].decode(errors="replace") for reply in replies]
+            values = "; ".join(f"rank {rank}: {text!r}" for rank, text in zip(self.global_ranks, texts, strict=True))
             raise DivergenceError(f"the ranks must agree on {label or 'a value'} and do not: {values}")
 
-    def delegate(
-        self, entry: Entry, start: Callable[..., Any], async_op: bool, *, meet: bool = True
-    ) -> Work | None:
+    def delegate(self, entry: Entry, start: Callable[..., Any], async_op: bool) -> Work | None:
         """Let torch.distributed do a collective: ``start(async_op=True)`` gives its work, or None.
 
         On a watched transport the ranks meet first, so that a rank that went another way is found here and not in a
         wait that nobody watches.
         """
-        if meet and self.transport.kind == "shm":
+        if self.transport.kind == "shm":
             self.transport.meet(entry)
         work = start(async_op=True)
         if work is None:
@@ -211,9 +205,7 @@ class Communicator:
     def _device(self, device: torch.device | str | None) -> torch.device:
         if device is not None:
             return torch.device(device)
-        if self.kind == "torch" and torch.accelerator.is_available() and self.group._get_backend_name() != "fake":
-            return torch.device(torch.accelerator.current_accelerator() or "cpu", torch.accelerator.current_device_index())
-        return torch.device("cpu")
+        return device_of(self.group) if self.kind in ("torch", "local") else torch.device("cpu")
 
     def _serves(self, tensor: Tensor, *, reduces: bool = False) -> bool:
         return (
@@ -223,10 +215,8 @@ class Communicator:
             and (not reduces or can_reduce(tensor.dtype) or self.size == 1)
         )
 
-    def _flat(
-        self, entry: Entry, tensor: Tensor, run: Callable[[Tensor], None], async_op: bool
-    ) -> Work | None:
-        """Run a transport's collective on the flat contiguous form of ``tensor``, and copy back where that is another."""
+    def _flat(self, entry: Entry, tensor: Tensor, run: Callable[[Tensor], None], async_op: bool) -> Work | None:
+        """Run a transport's collective on the flat form of ``tensor``; copy back where that is other memory."""
         target = tensor.detach()
         flat = target.contiguous()
         with self.ledger.timed(entry):
@@ -241,7 +231,7 @@ class Communicator:
         per_row = tensor.numel() // rows if rows else 0
         if splits is None:
             if rows % self.size:
-                raise CommArgumentError(f"all_to_all: {rows} rows do not split evenly over {self.size} ranks; give splits")
+                raise CommArgumentError(f"all_to_all: {rows} rows do not split evenly over {self.size} ranks")
             return [rows // self.size * per_row] * self.size
         if len(splits) != self.size or sum(splits) != rows:
             raise CommArgumentError(
@@ -259,6 +249,16 @@ class Communicator:
     def _check_rank(self, rank: int, op: str) -> None:
         if not 0 <= rank < self.size:
             raise CommArgumentError(f"{op}: group rank {rank} does not exist in a group of {self.size}")
+
+
+def device_of(group: dist.ProcessGroup) -> torch.device:
+    """The current accelerator where the group's backend moves its tensors, else the CPU."""
+    if not torch.accelerator.is_available():
+        return torch.device("cpu")
+    current = torch.accelerator.current_accelerator()
+    if current is None or f"{current.type}:" not in str(dist.get_backend_config(group)):
+        return torch.device("cpu")
+    return torch.device(current.type, torch.accelerator.current_device_index())
 
 
 def _named(op: str, red: dist.ReduceOp | dist.ReduceOp.RedOpType) -> str:

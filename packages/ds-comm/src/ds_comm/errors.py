@@ -7,7 +7,7 @@ from __future__ import annotations
 
 
 class CommError(RuntimeError):
-    """Communication cannot go on: transport failure, port taken, use after close, environment that contradicts itself."""
+    """Communication cannot go on: transport failure, port taken, use after close, contradicting environment."""
 
 
 class DivergenceError(CommError):

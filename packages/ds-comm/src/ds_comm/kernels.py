@@ -1,7 +1,7 @@
 """Sums over ranks, in rank order, in one pass over memory (CPU).
 
-``sum_rows`` is the arithmetic of every reduction of this package: ``out = round(scale * (((r0 + r1) + r2) + ...))`` with
-fp32 accumulation for 16-bit and fp32 rows, native accumulation for fp64 and integers. With numba (extra
+``sum_rows`` is the arithmetic of every reduction of this package: ``out = round(scale * (((r0 + r1) + r2) + ...))``
+with fp32 accumulation for 16-bit and fp32 rows, native accumulation for fp64 and integers. With numba (extra
 ``ds-comm[cpu]``) the rows are read once and nothing else is written; without it a cache-blocked torch loop gives the
 same bits (which NaN a NaN result is, is not specified). ``DS_COMM_KERNELS=torch`` chooses the fallback.
 numba is imported at the first sum, never at import of the package.

@@ -17,10 +17,12 @@ import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from time import perf_counter
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from rich.table import Table
+
+if TYPE_CHECKING:
+    from rich.table import Table
 
 # factor of n(N-1)/N per rank
 _RING = {
@@ -172,8 +174,9 @@ class Ledger:
 
     def table(self, *, by_label: bool = False) -> Table:
         """A rich table of the summary, one line per op, or per (op, label) with ``by_label``."""
-        title = f"communication of one rank of {self.size}"
-        table = Table(title=title)
+        from rich.table import Table  # here, so that importing the package stays cheap
+
+        table = Table(title=f"communication of one rank of {self.size}")
         for name in ("op", "label") if by_label else ("op",):
             table.add_column(name)
         for name in ("calls", "MB", "wire MB"):

@@ -40,7 +40,7 @@ def recv(
     *,
     label: str | None = None,
 ) -> int:
-    """Receive from global rank ``src``, or from whoever sends first where it is None; returns the sender's global rank."""
+    """Receive from global rank ``src``, or None for whoever sends first; returns the sender's global rank."""
     if src is None and group_src is None:
         comm = communicator(group)
         comm.ledger.add("recv", tensor.dtype, tensor.numel(), label)
@@ -78,7 +78,7 @@ def irecv(
     return _start("recv", tensor, label, group, lambda g: dist.irecv(tensor, src, g, tag, group_src))
 
 
-def P2POp(  # noqa: N802  (torch's name)
+def P2POp(
     op: Callable[..., Any], tensor: Tensor, peer: int | None = None, group: Group = None, tag: int = 0
 ) -> dist.P2POp:
     """One message of a batch: op is ``isend`` or ``irecv`` (of this module or of torch.distributed)."""
@@ -88,17 +88,17 @@ def P2POp(  # noqa: N802  (torch's name)
 
 def batch_isend_irecv(p2p_op_list: list[dist.P2POp], *, label: str | None = None) -> list[Work]:
     """Start all messages of a batch; wait for every Work returned."""
-    works: list[Work] = []
     if not p2p_op_list:
-        return works
+        return []
     comm = communicator(p2p_op_list[0].group)
     entries = [
         comm.ledger.add("send" if op.op is dist.isend else "recv", op.tensor.dtype, op.tensor.numel(), label)
         for op in p2p_op_list
     ]
-    for work in dist.batch_isend_irecv(p2p_op_list):
-        works.append(TorchWork([work], ledger=comm.ledger, entry=entries[0], block=comm.transport.block))
-    return works
+    return [
+        TorchWork([work], ledger=comm.ledger, entry=entries[0], block=comm.transport.block)
+        for work in dist.batch_isend_irecv(p2p_op_list)
+    ]
 
 
 def _start(

@@ -24,6 +24,12 @@ DEFAULT_SECONDS = 600.0
 NOTICE_SECONDS = 30.0
 """A wait this long is worth one log line that says for whom."""
 
+SAME_CALLS = (
+    "Every rank must make the same collective calls in the same order with the same sizes: look for code that runs on "
+    "some ranks only, or for data-dependent branches"
+)
+"""What to do about a divergence."""
+
 _logger = get_logger(__name__)
 
 

@@ -29,7 +29,7 @@ from dataclasses import dataclass
 from ds_comm.errors import CommError, DivergenceError, RankMissingError
 from ds_comm.ledger import STAMP_TEXT_NBYTES, describe_stamp
 from ds_comm.transport._segment import PAGE, Segment, round_up
-from ds_comm.watchdog import Patience, Peer, Watchdog
+from ds_comm.watchdog import SAME_CALLS, Patience, Peer, Watchdog
 
 LINE = 128
 """Bytes between words of different ranks: two cache lines, since prefetchers fetch pairs."""
@@ -161,15 +161,16 @@ class Control:
         before = self._stamp_text(self.rank, number - 1)
         return (
             f"the ranks disagree on collective number {number} of this group of {self.size}: {'; '.join(lines)}. "
-            f"The last call they agreed on: {before or 'none'}. Every rank must make the same collective calls in the "
-            "same order with the same sizes: look for code that runs on some ranks only, or for data-dependent branches"
+            f"The last call they agreed on: {before or 'none'}. {SAME_CALLS}"
         )
 
     def _last_call(self, rank: int) -> str:
         number = self._words[self._position_words[rank]]
         text = self._stamp_text(rank, number - 1)
-        return f"rank {self._global(rank)}: last called {text} (number {number - 1})" if text else (
-            f"rank {self._global(rank)}: has not called anything"
+        return (
+            f"rank {self._global(rank)}: last called {text} (number {number - 1})"
+            if text
+            else (f"rank {self._global(rank)}: has not called anything")
         )
 
     # ---- meeting and exchanging
@@ -212,12 +213,12 @@ class Control:
         fence()
         self.compare()
 
-    def await_condition(self, done: Callable[[], bool], what: What) -> None:
+    def await_condition(self, done: Callable[[], bool], what: What, limit: float | None = None) -> None:
         """Return when ``done()``, which any peer may still have to act for."""
-        self._await(lambda: [] if done() else list(self._peers), what, None)
+        self._await(lambda: [] if done() else list(self._peers), what, limit)
 
     def _await(self, pending: Callable[[], list[int]], what: What, limit: float | None) -> None:
-        """Wait until no rank is pending: look, then spin for as long as a meeting usually takes, then sleep in turns."""
+        """Wait until no rank is pending: look, spin for as long as a meeting usually takes, then sleep in turns."""
         if not pending():
             return
         deadline = time.perf_counter() + _SPIN_SECONDS
@@ -238,7 +239,7 @@ class Control:
             pause = min(pause * 1.3, _LAST_SLEEP)
 
     def _check_peers(self, pending: Callable[[], list[int]], patience: Patience) -> None:
-        """Raise if a rank we wait for will not come. A rank may go right after it came, so ask again before believing."""
+        """Raise if a rank we wait for will not come. A rank may go right after it came, so ask again."""
         for rank in pending():
             left = self._words[self._word(rank, _LEFT)] != 0
             if (left or self._peers[rank].gone()) and rank in pending():

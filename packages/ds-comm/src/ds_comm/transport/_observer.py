@@ -27,7 +27,7 @@ import torch.distributed as dist
 from ds_comm.errors import CommError, DivergenceError, RankMissingError
 from ds_comm.ledger import STAMP_TEXT_NBYTES, describe_stamp
 from ds_comm.log import get_logger
-from ds_comm.watchdog import Patience, Peer, Watchdog
+from ds_comm.watchdog import SAME_CALLS, Patience, Peer, Watchdog
 
 if TYPE_CHECKING:
     from torch._C._distributed_c10d import Store
@@ -82,7 +82,7 @@ class Observer:
 
     def __init__(self, store: Store, prefix: str, rank: int, ranks: Ranks, watchdog: Watchdog) -> None:
         self.rank = rank
-        self._store = store.clone()
+        self._store: Store = store.clone()  # type: ignore[attr-defined]  # missing in torch's stubs
         self._prefix = prefix
         self._ranks = ranks
         self._watchdog = watchdog
@@ -193,8 +193,11 @@ class Observer:
     def _publish(self, heartbeat: int, *, left: bool) -> int:
         with self._lock:
             state = _Position(self._count, heartbeat, left, tuple(self._recent))
-        self._store.set(f"{self._prefix}/at/{self.rank}", state.encode())
+        self._set(f"{self._prefix}/at/{self.rank}", state.encode())
         return state.count
+
+    def _set(self, key: str, value: bytes) -> None:
+        self._store.set(key, value)  # type: ignore[arg-type]  # torch's stub forgets bytes
 
     def _hear(self) -> None:
         """Exchange failures with the other ranks."""
@@ -209,7 +212,7 @@ class Observer:
                 _logger.error("%s", self._failure)
         elif self._failure is not None:
             kind = next(i for i in reversed(range(len(_ERRORS))) if isinstance(self._failure, _ERRORS[i]))
-            self._store.set(key, bytes([kind]) + str(self._failure).encode())
+            self._set(key, bytes([kind]) + str(self._failure).encode())
             self._told = True
 
     def _look(self, wait: Patience) -> None:
@@ -270,9 +273,7 @@ class Observer:
         before = positions[self.rank].stamp(number - 1)
         return (
             f"the ranks disagree on collective number {number} of this group of {len(self._ranks.global_ranks)}: "
-            f"{calls}. The last call they agreed on: {describe_stamp(before) if before else 'unknown'}. Every rank must "
-            "make the same collective calls in the same order with the same sizes: look for code that runs on some "
-            "ranks only, or for data-dependent branches"
+            f"{calls}. The last call they agreed on: {describe_stamp(before) if before else 'unknown'}. {SAME_CALLS}"
         )
 
     def _describe(self, positions: dict[int, _Position]) -> str:
@@ -281,9 +282,8 @@ class Observer:
     def _last(self, rank: int, position: _Position | None) -> str:
         if position is None or not position.stamps:
             return f"rank {self._global(rank)}: has not called anything"
-        return (
-            f"rank {self._global(rank)}: last called {describe_stamp(position.stamps[-1])} (number {position.count - 1})"
-        )
+        text = describe_stamp(position.stamps[-1])
+        return f"rank {self._global(rank)}: last called {text} (number {position.count - 1})"
 
     def _global(self, rank: int) -> int:
         return self._ranks.global_ranks[rank]

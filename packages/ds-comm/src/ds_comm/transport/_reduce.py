@@ -13,7 +13,7 @@ from torch import Tensor
 from ds_comm.errors import CommArgumentError
 from ds_comm.kernels import sum_rows
 
-Op = dist.ReduceOp.RedOpType
+Op = dist.ReduceOp
 
 _PAIRWISE = {
     Op.PRODUCT: torch.mul,
@@ -43,7 +43,7 @@ def can_reduce(dtype: torch.dtype) -> bool:
 
 def red_op(op: dist.ReduceOp | dist.ReduceOp.RedOpType) -> dist.ReduceOp.RedOpType:
     """The plain kind behind ``ReduceOp.SUM`` or ``ReduceOp("sum")``."""
-    return op if isinstance(op, Op) else op.op
+    return op if isinstance(op, dist.ReduceOp.RedOpType) else op.op  # type: ignore[attr-defined]  # missing in torch's stubs
 
 
 def reduce_rows(rows: Tensor, out: Tensor, op: dist.ReduceOp.RedOpType) -> None:
@@ -67,4 +67,4 @@ def reduce_rows(rows: Tensor, out: Tensor, op: dist.ReduceOp.RedOpType) -> None:
             wide = _PAIRWISE[op](wide, rows[row])
         out.copy_(wide)
     else:
-        raise CommArgumentError(f"{op} is not supported on CPU tensors; use SUM, AVG, PRODUCT, MIN, MAX, BAND, BOR, BXOR")
+        raise CommArgumentError(f"{op} on CPU tensors: use SUM, AVG, PRODUCT, MIN, MAX, BAND, BOR or BXOR")

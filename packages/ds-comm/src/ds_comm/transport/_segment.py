@@ -43,7 +43,8 @@ class Segment:
                 os.posix_fallocate(fd, own[0], own[1] - own[0])
         except OSError as error:
             if error.errno not in (errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL):
-                raise NoSpaceError(error.errno, f"reserving {own[1] - own[0]:,} bytes of shared memory: {error}") from error
+                text = f"reserving {own[1] - own[0]:,} bytes of shared memory: {error}"
+                raise NoSpaceError(error.errno, text) from error
         finally:
             os.close(fd)
         self.nbytes = nbytes
@@ -56,10 +57,13 @@ class Segment:
 
     def words(self, offset: int, nbytes: int) -> memoryview:
         """The range as 64-bit words; an aligned word is read and written in one piece."""
-        return memoryview(self._bytes.numpy())[offset : offset + nbytes].cast("B").cast("q")
+        return self._view()[offset : offset + nbytes].cast("q")
 
     def raw(self, offset: int, nbytes: int) -> memoryview:
-        return memoryview(self._bytes.numpy())[offset : offset + nbytes].cast("B")
+        return self._view()[offset : offset + nbytes]
+
+    def _view(self) -> memoryview:
+        return memoryview(self._bytes.numpy())  # type: ignore[arg-type]  # numpy arrays are buffers
 
     def forget(self, start: int, stop: int) -> None:
         """Unmap the whole pages in [start, stop) from this process; the content stays and comes back when touched."""

@@ -72,7 +72,7 @@ class TorchWork(Work):
         ledger: Ledger,
         entry: Entry,
         block: Callable[[dist.Work, Entry], None],
-        then: Callable[[], None] | None = None,
+        then: Callable[[], object] | None = None,
     ) -> None:
         self._works = list(works)
         self._ledger = ledger
@@ -247,7 +247,8 @@ class ReduceWindow(ABC):
             raise CommArgumentError(f"{where}: the window is closed; make a new one with reduce_window()")
         if out.shape != (numel,) or not out.is_contiguous() or out.device != self.local.device:
             raise CommArgumentError(
-                f"{where}: out is {tuple(out.shape)} on {out.device}; expected contiguous [{numel}] on {self.local.device}"
+                f"{where}: out is {tuple(out.shape)} on {out.device}; "
+                f"expected contiguous [{numel}] on {self.local.device}"
             )
         if out.dtype not in (self.dtype, torch.float32) or (accumulate and out.dtype != torch.float32):
             expected = "torch.float32 to accumulate into" if accumulate else f"torch.float32 or {self.dtype}"
@@ -287,7 +288,7 @@ class Transport(ABC):
     def meet(self, entry: Entry, limit: float | None = None) -> None:
         """Return when every rank has come here: the barrier. limit: seconds instead of the watchdog's."""
 
-    def block(self, work: dist.Work, entry: Entry) -> None:
+    def block(self, work: dist.Work, entry: Entry, limit: float | None = None) -> None:
         """Wait for a torch work, watching the peers where the transport can."""
         work.wait()
 

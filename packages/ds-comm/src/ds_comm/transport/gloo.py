@@ -18,7 +18,7 @@ from ds_comm.kernels import sum_rows
 from ds_comm.ledger import Entry
 from ds_comm.transport._reduce import reduce_rows
 from ds_comm.transport.base import DONE, ReduceWindow, Work
-from ds_comm.transport.torch_ import TorchReduceWindow, TorchTransport
+from ds_comm.transport.torch_ import TorchReduceWindow, TorchTransport, apply_all
 
 _SMALL_NBYTES = 32768
 """Up to this size an all_reduce sends everything to everybody: one round trip instead of two."""
@@ -68,9 +68,7 @@ class GlooTransport(TorchTransport):
     def start_gather(self, out: Tensor, shard: Tensor, entry: Entry) -> Work:
         if shard.device.type != "cpu":
             return super().start_gather(out, shard, entry)
-        work = dist.all_to_all_single(
-            as_bytes(out), as_bytes(shard).repeat(self.size), group=self.group, async_op=True
-        )
+        work = dist.all_to_all_single(as_bytes(out), as_bytes(shard).repeat(self.size), group=self.group, async_op=True)
         return self._work([work], entry, lambda: None)
 
     def start_sum(
@@ -84,11 +82,9 @@ class GlooTransport(TorchTransport):
             where = slice(start, min(start + bucket_width, width))
             source = local if bucket_width >= width else table[:, where].reshape(-1)
             rows = torch.empty_like(source)
-            works.append(
-                dist.all_to_all_single(as_bytes(rows), as_bytes(source), group=self.group, async_op=True)
-            )
+            works.append(dist.all_to_all_single(as_bytes(rows), as_bytes(source), group=self.group, async_op=True))
             parts.append((rows.view(self.size, -1), where))
-        return self._work(works, entry, lambda: [finish(rows, where) for rows, where in parts])
+        return self._work(works, entry, lambda: apply_all(finish, parts))
 
     def reduce_everywhere(
         self, tensor: Tensor, reduce: Callable[[Tensor, Tensor], None], out: Tensor, entry: Entry
@@ -101,7 +97,9 @@ class GlooTransport(TorchTransport):
             reduce(rows.view(self.size, numel), out)
             return
         width = -(-numel // self.size)
-        padded = tensor if width * self.size == numel else torch.cat([tensor, tensor.new_zeros(width * self.size - numel)])
+        padded = tensor
+        if width * self.size != numel:
+            padded = torch.cat([tensor, tensor.new_zeros(width * self.size - numel)])
         rows = torch.empty_like(padded)
         self._all_to_all(rows, padded, entry)
         mine = torch.empty(width, dtype=out.dtype)

@@ -64,8 +64,8 @@ class ShmTransport(Transport):
     def meet(self, entry: Entry, limit: float | None = None) -> None:
         self.control.meet(entry.describe, limit)
 
-    def block(self, work: dist.Work, entry: Entry) -> None:
-        self.control.await_condition(work.is_completed, entry.describe)
+    def block(self, work: dist.Work, entry: Entry, limit: float | None = None) -> None:
+        self.control.await_condition(work.is_completed, entry.describe, limit)
         work.wait()
 
     def exchange(self, payload: bytes, entry: Entry) -> list[bytes]:
@@ -85,7 +85,7 @@ class ShmTransport(Transport):
     # ---- memory
 
     def segment(self, nbytes: int, own: tuple[int, int], entry: Entry) -> Segment | None:
-        """Collective: a segment that every rank maps, each having reserved its ``own`` byte range; None if not to be had."""
+        """Collective: a segment that every rank maps, reserving its ``own`` byte range; None if there is no room."""
         what = entry.describe()
         fd, offer = -1, b""
         if self.rank == 0:
@@ -156,7 +156,8 @@ class ShmTransport(Transport):
 
     def all_reduce(self, tensor: Tensor, op: dist.ReduceOp.RedOpType, entry: Entry) -> None:
         if not self._have_scratch(entry):
-            return self.fallback().all_reduce(tensor, op, entry)
+            self.fallback().all_reduce(tensor, op, entry)
+            return
         for chunk in tensor.split(_SCRATCH_NBYTES // tensor.itemsize):
             rows = self._side(chunk)
             rows[self.rank].copy_(chunk)
@@ -165,7 +166,8 @@ class ShmTransport(Transport):
 
     def broadcast(self, tensor: Tensor, src: int, entry: Entry) -> None:
         if not self._have_scratch(entry):
-            return self.fallback().broadcast(tensor, src, entry)
+            self.fallback().broadcast(tensor, src, entry)
+            return
         for chunk in tensor.split(_SCRATCH_NBYTES // tensor.itemsize):
             rows = self._side(chunk)
             if self.rank == src:
@@ -176,7 +178,8 @@ class ShmTransport(Transport):
 
     def all_gather(self, out: Tensor, inp: Tensor, entry: Entry) -> None:
         if not self._have_scratch(entry):
-            return self.fallback().all_gather(out, inp, entry)
+            self.fallback().all_gather(out, inp, entry)
+            return
         targets = out.view(self.size, -1)
         start = 0
         for chunk in inp.split(_SCRATCH_NBYTES // inp.itemsize):
@@ -188,7 +191,8 @@ class ShmTransport(Transport):
 
     def reduce_scatter(self, out: Tensor, inp: Tensor, op: dist.ReduceOp.RedOpType, entry: Entry) -> None:
         if not self._have_scratch(entry):
-            return self.fallback().reduce_scatter(out, inp, op, entry)
+            self.fallback().reduce_scatter(out, inp, op, entry)
+            return
         sources = inp.view(self.size, -1)
         start = 0
         for chunk in out.split(_SCRATCH_NBYTES // self.size // out.itemsize):
@@ -203,7 +207,8 @@ class ShmTransport(Transport):
         self, out: Tensor, inp: Tensor, out_splits: Sequence[int], in_splits: Sequence[int], entry: Entry
     ) -> None:
         if not self._have_scratch(entry):
-            return self.fallback().all_to_all(out, inp, out_splits, in_splits, entry)
+            self.fallback().all_to_all(out, inp, out_splits, in_splits, entry)
+            return
         # splits differ between ranks: first agree on how many chunks the longest part of any rank takes
         longest = max(int(reply) for reply in self.exchange(b"%d" % max(in_splits), entry))
         slot = _SCRATCH_NBYTES // self.size // inp.itemsize

@@ -18,7 +18,6 @@ from ds_comm.ledger import Entry, Ledger
 from ds_comm.transport._observer import Observer
 from ds_comm.transport.base import Enter, GatherWindow, ReduceWindow, TorchWork, Transport, Work
 
-
 # torch 2.13 renamed these two
 all_gather_single = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
 reduce_scatter_single = getattr(dist, "reduce_scatter_single", dist.reduce_scatter_tensor)
@@ -131,7 +130,7 @@ class TorchTransport(Transport):
             total = self._empty(where.stop - where.start, local)
             works.append(reduce_scatter_single(total, source, group=self.group, async_op=True))
             parts.append((total, where))
-        return self._work(works, entry, lambda: [finish(total, where) for total, where in parts])
+        return self._work(works, entry, lambda: apply_all(finish, parts))
 
     def start_all_reduce(
         self, local: Tensor, entry: Entry, finish: Callable[[Tensor, slice], None], bucket_numel: int
@@ -142,7 +141,7 @@ class TorchTransport(Transport):
             where = slice(start, min(start + bucket_numel, local.numel()))
             works.append(dist.all_reduce(local[where], group=self.group, async_op=True))
             parts.append((local[where], where))
-        return self._work(works, entry, lambda: [finish(total, where) for total, where in parts])
+        return self._work(works, entry, lambda: apply_all(finish, parts))
 
     def _work(self, works: Sequence[dist.Work | None], entry: Entry, then: Callable[[], object]) -> Work:
         started = [work for work in works if work is not None]
@@ -152,6 +151,12 @@ class TorchTransport(Transport):
         # the fake backend writes nothing: zeros keep what is added up from it finite
         make = torch.zeros if self.fake else torch.empty
         return make(numel, dtype=like.dtype, device=like.device)
+
+
+def apply_all(finish: Callable[[Tensor, slice], None], parts: Sequence[tuple[Tensor, slice]]) -> None:
+    """Hand every bucket's result and range to ``finish``."""
+    for result, where in parts:
+        finish(result, where)
 
 
 class TorchGatherWindow(GatherWindow):
