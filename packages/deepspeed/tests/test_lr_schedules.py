@@ -109,6 +109,7 @@ class TestOneCycle:
         counts = (stairs[0], stairs[0] if stairs[1] is None else stairs[1])
         total = first + second
         assert [group["lr"] for group in schedule.optimizer.param_groups] == lows
+        assert [group["betas"] for group in schedule.optimizer.param_groups] == [(0.8, 0.99)] * 3
         for t in range(total + 9):
             schedule.step()
             if t < total:

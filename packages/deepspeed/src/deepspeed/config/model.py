@@ -11,11 +11,11 @@ from typing import Annotated, Literal
 from pydantic import BeforeValidator, Field
 
 from deepspeed.config.base import FloatDtype, FreeForm, Interval, NonNegative, Positive, Real, Section
+from deepspeed.config.model_data import DataEfficiency
 from deepspeed.config.model_observe import Comet, CommsLogger, CsvMonitor, FlopsProfiler, TensorBoard, Timers, WandB
 from deepspeed.config.model_optimizer import OptimizerSection, SchedulerSection
 from deepspeed.config.model_parked import (
     Autotuning,
-    DataEfficiency,
     Eigenvalue,
     Elasticity,
     LegacyCurriculum,

@@ -207,6 +207,22 @@ class ExpertParallel(Section):
     """Pattern of their names."""
     shared_experts_gate_pattern: str | None = None
     """Pattern of their gate's name."""
+    expert_activation: str | None = None
+    """Activation between the expert weights."""
+    async_split_plan: bool = False
+    """Exchange token counts while computing."""
+    row_weighting_impl: str = "auto"
+    """How scores weight rows."""
+    gate_up_impl: str = "separate"
+    """How the first and third weights are multiplied."""
+    comm_backend: str = "comm"
+    """Library of the token exchange."""
+    comm_num_sm: Positive = 12
+    """Multiprocessors for it."""
+    comm_qp_margin: Count = 4
+    """Spare queue pairs for it."""
+    comm_max_tokens_per_rank: Count = 0
+    """Bound of its buffers; 0 finds one."""
 
 
 class Compile(Section):
