@@ -59,7 +59,11 @@ def test_fetch_hostfile(tmp_path: Path):
     [
         ("", "", {"worker-0": [0, 1, 2, 3], "worker-1": [0, 1, 2, 3], "worker-2": [0, 1]}),
         ("worker-1", "", {"worker-1": [0, 1, 2, 3]}),  # a bare host is all of its slots
-        ("worker-2:1@worker-0:2,0", "", {"worker-0": [0, 2], "worker-2": [1]}),  # the hostfile's order, not the filter's
+        (
+            "worker-2:1@worker-0:2,0",
+            "",
+            {"worker-0": [0, 2], "worker-2": [1]},
+        ),  # the hostfile's order, not the filter's
         ("", "worker-1", {"worker-0": [0, 1, 2, 3], "worker-2": [0, 1]}),
         ("", "worker-1:0,3@worker-2", {"worker-0": [0, 1, 2, 3], "worker-1": [1, 2]}),
         ("", "worker-2:0,1", {"worker-0": [0, 1, 2, 3], "worker-1": [0, 1, 2, 3]}),  # emptied hosts drop out
@@ -105,7 +109,9 @@ def test_limits():
             limit_pool(pool, **bad)
 
 
-@given(st.dictionaries(names, st.lists(st.integers(0, 63), min_size=1, max_size=8, unique=True), min_size=1, max_size=6))
+@given(
+    st.dictionaries(names, st.lists(st.integers(0, 63), min_size=1, max_size=8, unique=True), min_size=1, max_size=6)
+)
 def test_world_info_round_trip(pool):
     text = encode_world_info(pool)
     assert decode_world_info(text) == pool

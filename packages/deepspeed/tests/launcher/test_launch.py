@@ -24,7 +24,7 @@ HANG = """
 """
 
 
-@pytest.fixture()
+@pytest.fixture
 def place(tmp_path: Path) -> Path:
     return tmp_path
 
@@ -41,7 +41,8 @@ def test_ranks_get_their_identity_and_arguments(place):
         import json, os, sys
         keys = [key for key in os.environ if key.startswith(("TORCHELASTIC_", "CROSS_", "LOCAL_", "GROUP_", "MASTER_"))]
         keys += ["RANK", "WORLD_SIZE", "OMP_NUM_THREADS"]
-        shown = {"argv": sys.argv[1:], "cuda": os.environ.get("CUDA_VISIBLE_DEVICES"), **{key: os.environ[key] for key in keys}}
+        shown = {"argv": sys.argv[1:], "cuda": os.environ.get("CUDA_VISIBLE_DEVICES")}
+        shown.update((key, os.environ[key]) for key in keys)
         open(f"env.{os.environ['RANK']}", "w").write(json.dumps(shown))
         """,
     )
@@ -111,14 +112,23 @@ def test_exit_code_of_the_first_failure_and_no_other_traceback(place):
     assert before.count("ZeroDivisionError: division by zero") == 2  # what was handled is not lost
 
 
-@pytest.mark.parametrize("code", [7, 1])
-def test_plain_exit_code_ends_the_other_rank(place, code):
-    name = script(place, HANG + f"\n    if os.environ['RANK'] == '0':\n        sys.exit({code})\n".replace("\n    ", "\n    "))
-    text = (place / name).read_text().replace("time.sleep(600)\n\nif", "if").rstrip() + "\ntime.sleep(600)\n"
-    (place / name).write_text(text)
+def test_plain_exit_code_ends_the_other_rank(place):
+    name = script(
+        place,
+        """
+        import os, sys, time
+        from pathlib import Path
+        Path(f"pids.{os.environ['RANK']}").write_text(f"{os.getpid()}\\n")
+        while not Path("pids.1").exists():
+            time.sleep(0.01)
+        if os.environ["RANK"] == "0":
+            sys.exit(7)
+        time.sleep(600)
+        """,
+    )
     done = launch(place, "--num_gpus", "2", name)
-    assert done.returncode == code
-    assert f"rank 0 failed first: exit code {code}" in done.stderr
+    assert done.returncode == 7
+    assert "rank 0 failed first: exit code 7" in done.stderr
     assert "rank 1: stopped by the launcher" in done.stderr
     assert not [pid for pid in written(place / "pids", 2) if is_alive(pid)]
 
@@ -256,7 +266,9 @@ def test_pid_file_lives_as_long_as_the_ranks(place):
 @pytest.mark.skipif(not hasattr(os, "sched_getaffinity"), reason="needs CPU affinity")
 def test_ranks_are_bound_to_cores(place):
     core = min(os.sched_getaffinity(0))
-    name = script(place, "import os\nopen('cores', 'w').write(f'{os.sched_getaffinity(0)} {os.environ[\"OMP_NUM_THREADS\"]}')\n")
+    name = script(
+        place, "import os\nopen('cores', 'w').write(f'{os.sched_getaffinity(0)} {os.environ[\"OMP_NUM_THREADS\"]}')\n"
+    )
     done = launch(place, "--num_gpus", "1", "--bind_core_list", str(core), name)
     assert done.returncode == 0, done.stderr
     assert (place / "cores").read_text() == f"{{{core}}} 1"
@@ -265,7 +277,9 @@ def test_ranks_are_bound_to_cores(place):
 def test_a_terminal_stays_a_terminal_for_the_ranks(place):
     name = script(place, "import sys\nprint('tty', sys.stderr.isatty(), file=sys.stderr)\nraise SystemExit('bye')\n")
     master, slave = pty.openpty()
-    process = subprocess.Popen(command("--num_gpus", "1", name), cwd=place, env=environment(), stderr=slave, stdout=slave)
+    process = subprocess.Popen(
+        command("--num_gpus", "1", name), cwd=place, env=environment(), stderr=slave, stdout=slave
+    )
     os.close(slave)
     chunks = []
     while True:
@@ -295,17 +309,32 @@ def test_dry_run_starts_nothing_and_can_be_pasted(place):
         assert (place / f"started.{rank}").exists()
 
 
-def test_help_version_and_dry_run_import_no_torch(place):
-    for args in (["--help"], ["--version"], ["--dry-run", "--num_gpus", "1", "t.py"]):
-        code = f"import sys\nfrom deepspeed.cli import main\ntry:\n    main({args!r})\nexcept SystemExit:\n    pass\nassert 'torch' not in sys.modules"
-        done = subprocess.run([sys.executable, "-c", code], cwd=place, env=environment(), capture_output=True, text=True, check=False)
-        assert done.returncode == 0, done.stderr
-        assert done.stdout
+@pytest.mark.parametrize("args", [["--help"], ["--version"], ["--dry-run", "--num_gpus", "1", "t.py"]])
+def test_help_version_and_dry_run_import_no_torch(place, args):
+    code = f"""
+    import sys
+    from deepspeed.cli import main
+    try:
+        main({args!r})
+    except SystemExit:
+        pass
+    assert "torch" not in sys.modules
+    """
+    run = [sys.executable, "-c", textwrap.dedent(code)]
+    done = subprocess.run(run, cwd=place, env=environment(), capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout
 
 
-def test_clients_import_the_environment_file_name():
-    code = "import deepspeed.launcher.runner as r, sys; print(r.DEEPSPEED_ENVIRONMENT_NAME); assert 'torch' not in sys.modules"
-    for extra, expected in (({}, ".deepspeed_env"), ({"DS_ENV_FILE": "other"}, "other")):
-        clean = {name: value for name, value in environment(**extra).items() if name != "DS_ENV_FILE" or extra}
-        done = subprocess.run([sys.executable, "-c", code], env=clean, capture_output=True, text=True, check=False)
-        assert done.stdout.strip() == expected, done.stderr
+@pytest.mark.parametrize(("extra", "expected"), [({}, ".deepspeed_env"), ({"DS_ENV_FILE": "other"}, "other")])
+def test_clients_import_the_environment_file_name(extra, expected):
+    code = """
+    import sys
+    import deepspeed.launcher.runner
+    print(deepspeed.launcher.runner.DEEPSPEED_ENVIRONMENT_NAME)
+    assert "torch" not in sys.modules
+    """
+    clean = {name: value for name, value in environment().items() if name != "DS_ENV_FILE"}
+    run = [sys.executable, "-c", textwrap.dedent(code)]
+    done = subprocess.run(run, env={**clean, **extra}, capture_output=True, text=True, check=False)
+    assert done.stdout.strip() == expected, done.stderr

@@ -101,7 +101,9 @@ def test_impi_names_each_rank():
     ranks = [(rank, rank % 2, rank // 2) for rank in range(4)]
     assert len(sections) == 4
     for section, (rank, local_rank, node) in zip(sections, ranks, strict=True):
-        assert section.startswith(f"-env RANK {rank} -env LOCAL_RANK {local_rank} -env CROSS_RANK {node} {sys.executable} -u train.py")
+        assert section.startswith(
+            f"-env RANK {rank} -env LOCAL_RANK {local_rank} -env CROSS_RANK {node} {sys.executable} -u train.py"
+        )
 
 
 def test_slurm():
@@ -140,7 +142,9 @@ def test_options_of_the_per_host_launcher_are_not_dropped_silently(launcher):
 def test_helper_translates_the_identity_and_becomes_the_program(tmp_path, launcher):
     values = dict(zip(IDENTITIES[launcher], ("5", "1", "8", "4"), strict=True))
     script = tmp_path / "show.py"
-    script.write_text("import json, os, sys\nprint(json.dumps([os.getpid(), sys.argv[1:], dict(os.environ)]))\nsys.exit(3)\n")
+    script.write_text(
+        "import json, os, sys\nprint(json.dumps([os.getpid(), sys.argv[1:], dict(os.environ)]))\nsys.exit(3)\n"
+    )
     arguments = ["--launcher", launcher, str(script), "--launcher", "x y"]
     process = subprocess.Popen(
         [sys.executable, "-m", "deepspeed.launcher.launcher_helper", *arguments],
@@ -152,7 +156,14 @@ def test_helper_translates_the_identity_and_becomes_the_program(tmp_path, launch
     pid, argv, environ = json.loads(out)
     assert (pid, process.returncode) == (process.pid, 3)  # exec, not a child
     assert argv == ["--local_rank=1", "--launcher", "x y"]
-    expected = {"RANK": "5", "LOCAL_RANK": "1", "WORLD_SIZE": "8", "LOCAL_WORLD_SIZE": "4", "CROSS_RANK": "1", "CROSS_SIZE": "2"}
+    expected = {
+        "RANK": "5",
+        "LOCAL_RANK": "1",
+        "WORLD_SIZE": "8",
+        "LOCAL_WORLD_SIZE": "4",
+        "CROSS_RANK": "1",
+        "CROSS_SIZE": "2",
+    }
     assert {name: environ[name] for name in expected} == expected
 
 

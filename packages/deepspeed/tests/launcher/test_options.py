@@ -17,7 +17,7 @@ CPU = Devices("cpu", 4)
 CUDA = Devices("cuda", 4)
 
 
-@pytest.fixture()
+@pytest.fixture
 def hostfile(tmp_path: Path, monkeypatch) -> str:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "hosts").write_text("h1 slots=2\nh2 slots=2\nh3 slots=1\n")
@@ -45,7 +45,8 @@ def test_local_devices_and_their_visibility(monkeypatch, caplog):
         spec_of("--num_gpus", "5", "t.py", devices=CUDA)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,3")
     assert spec_of("t.py", devices=Devices("cuda", 2)).world == {"localhost": [2, 3]}  # an implicit --include
-    assert spec_of("--include", "localhost:1", "t.py", devices=Devices("cuda", 2)).world == {"localhost": [1]}
+    two = Devices("cuda", 2)
+    assert spec_of("--include", "localhost:1", "t.py", devices=two).world == {"localhost": [1]}
     assert spec_of("t.py", devices=CPU).world == {"localhost": [0, 1, 2, 3]}  # means nothing without devices
 
 
@@ -122,7 +123,7 @@ NODE_FLAGS: dict[str, tuple[list[str], str, object]] = {
     "--master_addr": (["--master_addr", "10.1.2.3"], "master_addr", "10.1.2.3"),
     "--master_port": (["--master_port", "4711"], "master_port", 4711),
 }
-"""Every option that a host's own launcher must learn: flag -> arguments, where it lands in the spec, its value there."""
+"""Every option that a host's own launcher must learn: flag -> arguments, where it lands in the spec, value there."""
 
 RUNNER_ONLY = {
     *("--help", "--version", "--dry-run", "--hostfile", "--include", "--exclude", "--num_nodes", "--num_gpus"),

@@ -32,7 +32,7 @@ class Shown:
             return b""
 
 
-@pytest.fixture()
+@pytest.fixture
 def shown() -> Shown:
     return Shown()
 
@@ -78,7 +78,10 @@ def test_the_tail_is_bounded_and_complete(shown):
     for number in range(5):
         shown.stream.feed(bytes([65 + number]) * 30000, now=0.0)
         shown.text()
-    assert bytes(shown.stream.tail) == (b"A" * 30000 + b"B" * 30000 + b"C" * 30000 + b"D" * 30000 + b"E" * 30000)[-TAIL_NBYTES:]
+    assert (
+        bytes(shown.stream.tail)
+        == (b"A" * 30000 + b"B" * 30000 + b"C" * 30000 + b"D" * 30000 + b"E" * 30000)[-TAIL_NBYTES:]
+    )
 
 
 def test_a_reader_that_went_away_stops_nothing(shown):
@@ -141,12 +144,16 @@ def test_a_killed_rank_and_a_silent_one():
 
 
 def test_chains_and_long_messages_are_shown_whole():
-    chain = (TRACEBACK + CHAIN + b"Traceback (most recent call last):\n  File b\npkg.Error: two\nlines of text\n").decode()
+    chain = (
+        TRACEBACK + CHAIN + b"Traceback (most recent call last):\n  File b\npkg.Error: two\nlines of text\n"
+    ).decode()
     failed = outcome(0, 1, 1.0, tail="x\n" + chain + "\nIgnored\n")
     text = failure_report([failed], failed, "t.py")
     assert chain in text
     assert "Ignored" not in text
-    handled = outcome(0, 1, 1.0, tail=TRACEBACK.decode() + "log line\nTraceback (most recent call last):\n  y\nKeyError: 'k'\n")
+    handled = outcome(
+        0, 1, 1.0, tail=TRACEBACK.decode() + "log line\nTraceback (most recent call last):\n  y\nKeyError: 'k'\n"
+    )
     assert "boom" not in failure_report([handled], handled, "t.py")
 
 

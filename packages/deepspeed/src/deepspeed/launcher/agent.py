@@ -13,6 +13,7 @@ from __future__ import annotations
 import dataclasses
 import datetime
 import json
+import logging
 import os
 import signal
 import tempfile
@@ -28,16 +29,22 @@ from torch.distributed.elastic.agent.server.api import (
     WorkerSpec,
     WorkerState,
 )
+from torch.distributed.elastic.multiprocessing import SignalException
 from torch.distributed.elastic.rendezvous import RendezvousHandler, RendezvousInfo, RendezvousStoreInfo
 
 from deepspeed.launcher.devices import Devices
 from deepspeed.launcher.ports import port_message
 from deepspeed.launcher.processes import FAILURE_GRACE, SIGNAL_GRACE, Outcome, RankProcesses
 from deepspeed.launcher.report import first_failure, one_line
+from deepspeed.launcher.signals import SignalInbox
 from deepspeed.launcher.spec import LaunchSpec, plan_node
+
+logger = logging.getLogger("deepspeed.launcher")
 
 JOIN_TIMEOUT = 900.0
 """Seconds the nodes wait for each other at the start."""
+_ATTEMPT_SECONDS = 5.0
+"""Seconds that one attempt to connect to node 0 may take; between attempts signals are looked for."""
 _MONITOR_INTERVAL = 0.05
 _STORE_INTERVAL = 0.5
 _FAILED_KEY = "deepspeed/failed"
@@ -47,8 +54,9 @@ _DONE_KEY = "deepspeed/done"
 class WorldRendezvous(RendezvousHandler):
     """The nodes of a spec meet at the TCP store of node 0. They are known beforehand; none joins later."""
 
-    def __init__(self, spec: LaunchSpec) -> None:
+    def __init__(self, spec: LaunchSpec, inbox: SignalInbox) -> None:
         self._spec = spec
+        self._inbox = inbox
         self.store: Store | None = None
         self.port = spec.master_port
         """The port of the store; known once it is bound."""
@@ -63,28 +71,16 @@ class WorldRendezvous(RendezvousHandler):
         return True
 
     def next_rendezvous(self) -> RendezvousInfo:
-        """Binds (node 0) or connects, and waits until all nodes are here. RuntimeError for a taken port, TimeoutError
-        naming missing nodes.
+        """Binds (node 0) or connects, and waits until all nodes are here.
+
+        Raises RuntimeError for a taken port, TimeoutError naming missing nodes, SignalException after a signal.
         """
         spec = self._spec
-        try:
-            tcp_store = TCPStore(
-                spec.master_addr,
-                spec.master_port,
-                is_master=spec.node_rank == 0,
-                timeout=datetime.timedelta(seconds=JOIN_TIMEOUT),
-                wait_for_workers=False,
-            )
-        except DistError as error:
-            if spec.node_rank == 0:
-                raise RuntimeError(port_message(spec.master_port, error)) from error
-            where = f"{spec.master_addr}:{spec.master_port}"
-            raise RuntimeError(
-                f"node {spec.node_rank}: no connection to the launcher of node 0 at {where}: {error}"
-            ) from error
+        deadline = time.monotonic() + JOIN_TIMEOUT
+        tcp_store = self._connect(deadline)
         self.store = PrefixStore("deepspeed_launcher", tcp_store)
         self.port = tcp_store.port
-        self._wait_for_nodes(self.store)
+        self._wait_for_nodes(self.store, deadline)
         address = RendezvousStoreInfo(spec.master_addr, self.port)
         return RendezvousInfo(self.store, spec.node_rank, len(spec.world), address)
 
@@ -107,25 +103,56 @@ class WorldRendezvous(RendezvousHandler):
         """The store ends with this process."""
         return True
 
-    def _wait_for_nodes(self, store: Store) -> None:
+    def _connect(self, deadline: float) -> TCPStore:
+        spec = self._spec
+        while True:
+            self.look_for_signals()
+            try:
+                store = TCPStore(
+                    spec.master_addr,
+                    spec.master_port,
+                    is_master=spec.node_rank == 0,
+                    timeout=datetime.timedelta(seconds=_ATTEMPT_SECONDS),
+                    wait_for_workers=False,
+                )
+            except DistError as error:
+                if spec.node_rank == 0:
+                    raise RuntimeError(port_message(spec.master_port, error)) from error
+                if time.monotonic() > deadline:
+                    where = f"{spec.master_addr}:{spec.master_port} (node 0, {spec.hosts[0]})"
+                    raise TimeoutError(
+                        f"no launcher answered at {where} within {JOIN_TIMEOUT:.0f} s: {error}"
+                    ) from error
+            else:
+                store.set_timeout(datetime.timedelta(seconds=JOIN_TIMEOUT))
+                return store
+
+    def _wait_for_nodes(self, store: Store, deadline: float) -> None:
         keys = [f"deepspeed/node/{node_rank}" for node_rank in range(len(self._spec.world))]
         store.set(keys[self._spec.node_rank], "here")
-        try:
-            store.wait(keys, datetime.timedelta(seconds=JOIN_TIMEOUT))
-        except DistError as error:
-            missing = [host for host, key in zip(self._spec.hosts, keys, strict=True) if not store.check([key])]
-            raise TimeoutError(
-                f"no launcher on {', '.join(missing)} joined within {JOIN_TIMEOUT:.0f} s; is it running there?"
-            ) from error
+        while not store.check(keys):
+            self.look_for_signals()
+            if time.monotonic() > deadline:
+                hosts = [host for host, key in zip(self._spec.hosts, keys, strict=True) if not store.check([key])]
+                raise TimeoutError(
+                    f"no launcher on {', '.join(hosts)} joined within {JOIN_TIMEOUT:.0f} s; is it running there?"
+                )
+            time.sleep(_MONITOR_INTERVAL)
+
+    def look_for_signals(self) -> None:
+        """Raises SignalException once the launcher has got a signal."""
+        if self._inbox.first is not None:
+            raise SignalException(f"the launcher got {self._inbox.first.name}", sigval=self._inbox.first)
 
 
 class RankAgent(SimpleElasticAgent):
     """Runs this node's ranks; `outcomes` and `remote_failure` tell how it went."""
 
-    def __init__(self, spec: LaunchSpec, devices: Devices) -> None:
+    def __init__(self, spec: LaunchSpec, devices: Devices, inbox: SignalInbox) -> None:
         self._launch = spec
         self._devices = devices
-        self._rendezvous_handler = WorldRendezvous(spec)
+        self._inbox = inbox
+        self._rendezvous_handler = WorldRendezvous(spec, inbox)
         super().__init__(
             WorkerSpec(
                 role="default",
@@ -147,7 +174,7 @@ class RankAgent(SimpleElasticAgent):
     def stop_ranks(self, death_signal: signal.Signals = signal.SIGTERM, grace: float = FAILURE_GRACE) -> None:
         """Ends all ranks of this node and collects how they ended."""
         if self.processes is not None:
-            self.processes.stop(death_signal, grace)
+            self.processes.stop(death_signal, grace, hurry=self._inbox.impatient)
             if not self.outcomes:
                 self.outcomes = self.processes.outcomes()
 
@@ -174,6 +201,7 @@ class RankAgent(SimpleElasticAgent):
     def _monitor_workers(self, worker_group: WorkerGroup) -> RunResult:
         processes = self.processes
         assert processes is not None
+        self._rendezvous_handler.look_for_signals()
         all_ended = processes.poll()
         if processes.failed():
             processes.settle()
@@ -236,4 +264,6 @@ class RankAgent(SimpleElasticAgent):
         self.stop_ranks()
 
     def _shutdown(self, death_sig: signal.Signals = signal.SIGTERM, *_: Any, **__: Any) -> None:
+        if self._inbox.first is not None:
+            logger.warning("%s: passed on to the ranks; send it again to end them at once", self._inbox.first.name)
         self.stop_ranks(death_sig, SIGNAL_GRACE)

@@ -12,21 +12,18 @@ import logging
 import os
 import signal
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
-from types import FrameType
 from typing import TYPE_CHECKING
 
 from deepspeed.launcher.devices import local_devices
 from deepspeed.launcher.hostfile import decode_world_info
 from deepspeed.launcher.ports import check_port
 from deepspeed.launcher.report import failure_report, first_failure
+from deepspeed.launcher.signals import SignalInbox
 from deepspeed.launcher.spec import LaunchSpec, Program
 
 if TYPE_CHECKING:
-    from torch.distributed.elastic.multiprocessing import SignalException
-
     from deepspeed.launcher.agent import RankAgent
 
 LOG_LEVELS = ("debug", "info", "warning", "error", "critical")
@@ -142,9 +139,10 @@ def run_node(spec: LaunchSpec) -> int:
 
     if spec.log_level != "debug":  # the agent repeats at length what the report says
         logging.getLogger(RankAgent.run.__module__).setLevel(logging.CRITICAL)
-    agent = RankAgent(spec, devices)
+    inbox = SignalInbox()
+    agent = RankAgent(spec, devices, inbox)
     interrupted: signal.Signals | None = None
-    with _signals_as(SignalException):
+    with inbox.listening():
         try:
             agent.run()
         except SignalException as error:
@@ -168,31 +166,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     except KeyboardInterrupt:
         return 130
-
-
-@contextmanager
-def _signals_as(exception: type[SignalException]) -> Iterator[None]:
-    """While inside, the first two of SIGINT, SIGTERM, SIGHUP and SIGQUIT raise `exception`: the first is relayed, the
-    second ends the grace.
-    """
-    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
-    received = 0
-
-    def handle(number: int, frame: FrameType | None) -> None:
-        nonlocal received
-        received += 1
-        name = signal.Signals(number).name
-        if received == 1:
-            logger.warning("%s: passed on to the ranks; send it again to end them at once", name)
-        if received <= 2:
-            raise exception(f"the launcher got {name}", sigval=signal.Signals(number))
-
-    previous = {number: signal.signal(number, handle) for number in numbers}
-    try:
-        yield
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
 
 
 def _conclude(spec: LaunchSpec, agent: RankAgent) -> int:

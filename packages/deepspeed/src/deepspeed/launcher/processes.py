@@ -115,28 +115,31 @@ class RankProcesses:
         while not self.poll() and self._pump.holding() and time.monotonic() < deadline:
             time.sleep(0.02)
 
-    def stop(self, death_signal: signal.Signals = signal.SIGTERM, grace: float = FAILURE_GRACE) -> None:
-        """Sends `death_signal` to every rank's group, after `grace` seconds SIGKILL, and waits. A second call, or none
-        alive, costs nothing.
+    def stop(
+        self,
+        death_signal: signal.Signals = signal.SIGTERM,
+        grace: float = FAILURE_GRACE,
+        hurry: Callable[[], bool] = lambda: False,
+    ) -> None:
+        """Sends `death_signal` to every rank's group, SIGKILL after `grace` seconds or once `hurry` says so, and waits.
+
+        A second call, or none alive, costs nothing.
         """
         self.poll()
         alive = [process for rank, process in self.processes.items() if rank not in self.returncodes]
         for process in alive:
             _signal_group(process.pid, death_signal)
-        try:
-            deadline = time.monotonic() + grace
-            for process in alive:
-                with suppress(subprocess.TimeoutExpired):
-                    process.wait(max(0.0, deadline - time.monotonic()))
-        finally:  # a second signal cuts the grace short
-            for process in alive:
-                _signal_group(process.pid, signal.SIGKILL)
-            for rank, process in self.processes.items():
-                if rank not in self.returncodes:
-                    self._ended(rank, _reap(process))
-            self._release_guard()
-            if self._pid_file is not None:
-                self._pid_file.unlink(missing_ok=True)
+        deadline = time.monotonic() + grace
+        while any(process.poll() is None for process in alive) and time.monotonic() < deadline and not hurry():
+            time.sleep(0.01)
+        for process in alive:
+            _signal_group(process.pid, signal.SIGKILL)
+        for rank, process in self.processes.items():
+            if rank not in self.returncodes:
+                self._ended(rank, _reap(process))
+        self._release_guard()
+        if self._pid_file is not None:
+            self._pid_file.unlink(missing_ok=True)
 
     def outcomes(self) -> list[Outcome]:
         """How the ranks ended, in rank order; call after `stop`. Held tracebacks of successful ranks are shown now."""
