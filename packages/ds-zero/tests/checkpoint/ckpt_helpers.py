@@ -19,7 +19,10 @@ BLOCKS = [
         ParamSpec("layer.0.scale", (), "bf16", True, 1),
         ParamSpec("layer.0.frozen", (3, 11), "bf16", False, FROZEN),
     ]),
-    ("layer.1", [ParamSpec("layer.1.weight", (5, 13), "bf16", True, 0), ParamSpec("layer.1.bias", (5,), "bf16", True, 1)]),
+    ("layer.1", [
+        ParamSpec("layer.1.weight", (5, 13), "bf16", True, 0),
+        ParamSpec("layer.1.bias", (5,), "bf16", True, 1),
+    ]),
 ]  # fmt: skip
 ADAM = (MASTER, "exp_avg", "exp_avg_sq")
 
@@ -37,7 +40,7 @@ def true_value(name: str, key: str, numel: int) -> torch.Tensor:
 def make_segments(
     shard_map: ShardMap, rank: int, *, keys: Sequence[str] = ADAM, fill: bool = True, export: bool = False
 ) -> list[StateSegment]:
-    """This rank's segments; filled with the true values or with NaN. `export`: as export_state() (each element once)."""
+    """This rank's segments; true values or NaN. `export`: as export_state(), each element on one rank."""
     segments: list[StateSegment] = []
     for unit in shard_map.units:
         low, high = unit.shard_range(rank) if export else shard_map.state_range(unit, rank)

@@ -10,7 +10,9 @@ shapes, ranges and checksums. No pickle. See docs/checkpoints.md.
 from __future__ import annotations
 
 from ds_zero.checkpoint.commit import PendingSave, wait_for_pending_saves
+from ds_zero.checkpoint.consolidate import export_safetensors, export_torch, full_state_dict
 from ds_zero.checkpoint.durable import LATEST, committed_tags, read_latest
+from ds_zero.checkpoint.integrity import VerifyReport, verify
 from ds_zero.checkpoint.load import LoadedCheckpoint, load
 from ds_zero.checkpoint.manifest import MANIFEST_NAME, Manifest
 from ds_zero.checkpoint.read import Checkpoint, open_checkpoint
@@ -23,10 +25,15 @@ __all__ = [
     "MANIFEST_NAME",
     "Manifest",
     "PendingSave",
+    "VerifyReport",
     "committed_tags",
+    "export_safetensors",
+    "export_torch",
+    "full_state_dict",
     "load",
     "open_checkpoint",
     "read_latest",
     "save",
+    "verify",
     "wait_for_pending_saves",
 ]

@@ -16,11 +16,13 @@ from typing import Any
 
 import torch
 
+from ds_zero.checkpoint import durable
 from ds_zero.checkpoint.commit import wait_for_pending_saves
 from ds_zero.checkpoint.peers import Peers, peers_of
 from ds_zero.checkpoint.progress import byte_progress
-from ds_zero.checkpoint.read import Checkpoint, Request, other_tags, resolve_tag
+from ds_zero.checkpoint.read import Checkpoint, Want, other_tags, resolve_tag
 from ds_zero.checkpoint.tree import decode_tree
+from ds_zero.checkpoint.upstream import UpstreamCheckpoint, is_upstream
 from ds_zero.errors import CheckpointError
 from ds_zero.layout import ParamSlot, Piece, ShardMap
 from ds_zero.state import MASTER, PARAM, StateSegment
@@ -30,6 +32,7 @@ __all__ = ["LoadedCheckpoint", "load"]
 _LOGGER = logging.getLogger(__name__)
 _VALUES = (MASTER, PARAM)
 _MAX_NAMES = 10
+_Source = Checkpoint | UpstreamCheckpoint
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,6 +82,7 @@ def load(
     group: Any = None,
     weights_only: bool = False,
     strict: bool = True,
+    allow_pickle: bool | None = None,
 ) -> LoadedCheckpoint | None:
     """Read a checkpoint into `targets`; collective over `peers` (default: the ranks of `group`).
 
@@ -88,6 +92,8 @@ def load(
         tag: default: what `latest` names.
         weights_only: leave the optimizer's state and scalars alone.
         strict: raise when parameters or state keys differ; otherwise what is common is loaded.
+        allow_pickle: opt in to reading a checkpoint of upstream DeepSpeed 0.19, stages 1-3 (default: only if the
+            environment says DEEPSPEED_ALLOW_PICKLE=1). Its `extra` is that of `UpstreamCheckpoint.extra`.
     Returns:
         None if `tag` is None and there is no `latest`.
     Raises:
@@ -100,9 +106,9 @@ def load(
     try:
         wait_for_pending_saves()
         root = Path(directory).absolute()
-        found = resolve_tag(root, tag)
-        if found is not None:
-            result = _load(Checkpoint(root, found), targets, shard_map, peers, weights_only, strict)
+        source = _open(root, tag, allow_pickle)
+        if source is not None:
+            result = _load(source, targets, shard_map, peers, weights_only, strict)
     except OSError as failure:
         error = str(failure)
     outcomes = peers.all_gather((error, result.tag if result else None), label=f"load_checkpoint {tag}: loaded")
@@ -116,8 +122,16 @@ def load(
     return result
 
 
+def _open(root: Path, tag: str | None, allow_pickle: bool | None) -> _Source | None:
+    named = durable.read_latest(root) if tag is None else tag
+    if named and is_upstream(root / named):
+        return UpstreamCheckpoint(root, named, allow_pickle)
+    found = resolve_tag(root, tag)
+    return None if found is None else Checkpoint(root, found)
+
+
 def _load(
-    checkpoint: Checkpoint,
+    checkpoint: _Source,
     targets: Sequence[StateSegment],
     shard_map: ShardMap,
     peers: Peers,
@@ -130,16 +144,13 @@ def _load(
         raise CheckpointError(f"{checkpoint.path} is a checkpoint of another model: {text}")
     if text:
         _LOGGER.warning("%s: %s", checkpoint.path, text)
-    requests = list(_requests(checkpoint, targets, weights_only))
+    wants = list(_wants(checkpoint, targets, weights_only))
     with _naming_alternatives(checkpoint):
-        with byte_progress(f"loading {checkpoint.tag}", sum(r.nbytes for r in requests), peers.rank) as progress:
-            checkpoint.execute(requests, progress)
-        extra = decode_tree(checkpoint.manifest.extra or {}, checkpoint.read_tensors("extra/"))
-        rank_extra = None
-        if checkpoint.manifest.world_size == peers.size:
-            own = checkpoint.read_tensors(f"rank_extra/{peers.rank}/")
-            rank_extra = decode_tree(checkpoint.manifest.rank_extra[peers.rank] or {}, own)
-        buffers = {name.partition("/")[2]: value for name, value in checkpoint.read_tensors("buffer/").items()}
+        with byte_progress(
+            f"loading {checkpoint.tag}", sum(want.target.nbytes for want in wants), peers.rank
+        ) as progress:
+            checkpoint.fill(wants, progress)
+        extra, rank_extra, buffers = _read_extras(checkpoint, peers)
     if not weights_only:
         _load_scalars(checkpoint, targets)
     return LoadedCheckpoint(
@@ -154,8 +165,22 @@ def _load(
     )
 
 
+def _read_extras(
+    checkpoint: _Source, peers: Peers
+) -> tuple[dict[str, Any], dict[str, Any] | None, dict[str, torch.Tensor]]:
+    if isinstance(checkpoint, UpstreamCheckpoint):
+        return checkpoint.extra(), None, checkpoint.buffers
+    extra = decode_tree(checkpoint.manifest.extra or {}, checkpoint.read_tensors("extra/"))
+    rank_extra = None
+    if checkpoint.manifest.world_size == peers.size:
+        own = checkpoint.read_tensors(f"rank_extra/{peers.rank}/")
+        rank_extra = decode_tree(checkpoint.manifest.rank_extra[peers.rank] or {}, own)
+    buffers = {name.partition("/")[2]: value for name, value in checkpoint.read_tensors("buffer/").items()}
+    return extra, rank_extra, buffers
+
+
 @contextlib.contextmanager
-def _naming_alternatives(checkpoint: Checkpoint) -> Iterator[None]:
+def _naming_alternatives(checkpoint: _Source) -> Iterator[None]:
     try:
         yield
     except CheckpointError as error:
@@ -163,7 +188,7 @@ def _naming_alternatives(checkpoint: Checkpoint) -> Iterator[None]:
 
 
 def compare(
-    checkpoint: Checkpoint, shard_map: ShardMap, targets: Iterable[StateSegment] = (), *, weights_only: bool = True
+    checkpoint: _Source, shard_map: ShardMap, targets: Iterable[StateSegment] = (), *, weights_only: bool = True
 ) -> _Differences:
     """Names, shapes and state keys in which a model and a checkpoint differ; the same on every rank that asks."""
     stored_names = checkpoint.manifest.names()
@@ -196,7 +221,7 @@ def _stored_name(slot: ParamSlot, stored_names: dict[str, str]) -> str | None:
     return None
 
 
-def _pieces(checkpoint: Checkpoint, targets: Iterable[StateSegment]) -> Iterator[tuple[StateSegment, Piece, str]]:
+def _pieces(checkpoint: _Source, targets: Iterable[StateSegment]) -> Iterator[tuple[StateSegment, Piece, str]]:
     """Each piece of each target together with the name it is stored under, where it is stored."""
     stored_names = checkpoint.manifest.names()
     for target in targets:
@@ -206,17 +231,16 @@ def _pieces(checkpoint: Checkpoint, targets: Iterable[StateSegment]) -> Iterator
                 yield target, piece, name
 
 
-def _requests(checkpoint: Checkpoint, targets: Sequence[StateSegment], weights_only: bool) -> Iterator[Request]:
+def _wants(checkpoint: _Source, targets: Sequence[StateSegment], weights_only: bool) -> Iterator[Want]:
     for target, piece, name in _pieces(checkpoint, targets):
         keys = checkpoint.manifest.params[name].keys
         for key, tensor in target.tensors.items():
             source = checkpoint.value_key(name) if key in _VALUES else key
-            if source not in keys or (weights_only and key not in _VALUES):
-                continue
-            yield from checkpoint.requests(name, source, piece.start, tensor[piece.offset : piece.offset + piece.numel])
+            if source in keys and not (weights_only and key not in _VALUES):
+                yield Want(name, source, piece.start, tensor[piece.offset : piece.offset + piece.numel])
 
 
-def _load_scalars(checkpoint: Checkpoint, targets: Sequence[StateSegment]) -> None:
+def _load_scalars(checkpoint: _Source, targets: Sequence[StateSegment]) -> None:
     """Give each segment the scalars of its parameters; where a new layout joins differing ones, the largest."""
     merged: dict[int, dict[str, float]] = {}
     for target, _, name in _pieces(checkpoint, targets):

@@ -26,7 +26,7 @@ from ds_zero.checkpoint.manifest import MANIFEST_NAME, FileRecord, Manifest, int
 from ds_zero.errors import CheckpointError
 from ds_zero.state import MASTER, PARAM
 
-__all__ = ["Checkpoint", "Request", "open_checkpoint", "resolve_tag"]
+__all__ = ["Checkpoint", "ChunkReader", "Request", "Want", "open_checkpoint", "other_tags", "resolve_tag"]
 
 _MAX_IOV = 512
 
@@ -47,6 +47,16 @@ class Request:
     @property
     def stop(self) -> int:
         return self.offset + self.nbytes
+
+
+@dataclasses.dataclass(frozen=True)
+class Want:
+    """Elements `[start, start + numel)` of state `key` of the parameter stored as `name` go to `target` (1-D)."""
+
+    name: str
+    key: str
+    start: int
+    target: torch.Tensor
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,6 +84,8 @@ def resolve_tag(directory: Path, tag: str | None) -> str | None:
     if durable.tag_directory(directory, tag) is None:
         source = f"{directory / durable.LATEST} names" if from_latest else f"{directory} has no complete checkpoint"
         lacks = "has no manifest.json (its save never finished)" if (directory / tag).is_dir() else "does not exist"
+        if any((directory / tag).glob("*_states.pt")):
+            lacks = "was written by upstream DeepSpeed; load it into an engine with allow_pickle=True and save it again"
         raise CheckpointError(f"{source} {tag!r}, but {directory / tag} {lacks}; {other_tags(directory, tag)}")
     return tag
 
@@ -133,12 +145,16 @@ class Checkpoint:
                 what = "cut short" if found < record.nbytes else "longer than written"
                 raise CheckpointError(f"{path} is {what}: it has {found} bytes, expected {record.nbytes}")
 
-    def requests(self, name: str, key: str, start: int, target: torch.Tensor) -> Iterator[Request]:
-        """Requests that fill `target` (1-D) with elements `[start, start + numel)` of one stored state."""
-        record = self.manifest.params[name].keys[key]
+    def _requests(self, want: Want) -> Iterator[Request]:
+        record = self.manifest.params[want.name].keys[want.key]
         dtype = dtype_from_name(record.dtype)
-        for span in intersect(record.spans, start, start + target.numel(), dtype.itemsize):
-            yield Request(span.file, span.offset, dtype, target[span.start - start : span.stop - start])
+        for span in intersect(record.spans, want.start, want.start + want.target.numel(), dtype.itemsize):
+            target = want.target[span.start - want.start : span.stop - want.start]
+            yield Request(span.file, span.offset, dtype, target)
+
+    def fill(self, wants: Iterable[Want], progress: Callable[[int], None] | None = None) -> None:
+        """Read the wanted ranges straight into their targets; errors as `execute`."""
+        self.execute([request for want in wants for request in self._requests(want)], progress)
 
     def value_key(self, name: str) -> str:
         """Where the parameter's value is: its fp32 master if it was trained, else the parameter itself."""
@@ -151,7 +167,7 @@ class Checkpoint:
         key = self.value_key(name) if key is None else key
         stored = dtype_from_name(param.keys[key].dtype)
         flat = torch.empty(param.numel, dtype=stored if dtype is None else dtype)
-        self.execute(list(self.requests(name, key, 0, flat)))
+        self.fill([Want(name, key, 0, flat)])
         return flat.view(param.shape)
 
     def read_tensors(self, prefix: str) -> dict[str, torch.Tensor]:

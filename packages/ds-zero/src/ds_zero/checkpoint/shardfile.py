@@ -1,7 +1,8 @@
 """Writing one rank's shard file straight from live memory: plan, header, `pwritev`, checksums. No copy of the state.
 
 Vocabulary
-    run    consecutive tensors of the file that are also consecutive in memory; written as one buffer.
+    run    consecutive tensors of the file that are also consecutive in memory; written as one buffer. Gaps between
+           parameters are not written.
 
 A tensor of a segment is named `<key>/<parameter>/<start>-<stop>`; whole tensors are `buffer/<name>`, `extra/...` and
 `rank_extra/...`. Checksums are computed chunk by chunk just before the chunk is written: at 50 GB/s from cache xxh3
@@ -52,17 +53,22 @@ class ShardPlan:
 
 
 def _segment_runs(segment: StateSegment) -> Iterator[_Run]:
-    pieces = tuple(segment.unit.pieces(segment.start, segment.stop))
-    if not pieces:
-        return
-    stop = pieces[-1].offset + pieces[-1].numel  # the segment may end in padding
+    """Per key, one run for each stretch of pieces without a gap between them (the layout aligns slots)."""
+    stretches: list[list[Piece]] = []
+    for piece in segment.unit.pieces(segment.start, segment.stop):
+        if stretches and stretches[-1][-1].offset + stretches[-1][-1].numel == piece.offset:
+            stretches[-1].append(piece)
+        else:
+            stretches.append([piece])
     for key, tensor in segment.tensors.items():
         if tensor.ndim != 1 or tensor.numel() != segment.numel:
             raise CheckpointError(
                 f"{key} of unit {segment.unit.name!r} has shape {list(tensor.shape)}; expected [{segment.numel}]"
             )
-        names = tuple((f"{key}/{p.slot.name}/{p.start}-{p.stop}", tensor.dtype, (p.numel,)) for p in pieces)
-        yield _Run(tensor.detach()[pieces[0].offset : stop], names, pieces, key)
+        for pieces in stretches:
+            names = tuple((f"{key}/{p.slot.name}/{p.start}-{p.stop}", tensor.dtype, (p.numel,)) for p in pieces)
+            memory = tensor.detach()[pieces[0].offset : pieces[-1].offset + pieces[-1].numel]
+            yield _Run(memory, names, tuple(pieces), key)
 
 
 def plan_shard(

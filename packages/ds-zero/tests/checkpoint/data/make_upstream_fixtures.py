@@ -3,10 +3,10 @@
 Run in a venv with deepspeed==0.19.8, safetensors and torch (two CPU ranks, gloo):
 
     torchrun --nproc-per-node 2 make_upstream_fixtures.py OUT STAGE DTYPE
-    tar -C OUT -cJf upstream_STAGE_DTYPE.tar.xz .
+    cd OUT && tar -cJf upstream_STAGE_DTYPE.tar.xz latest step3 truth.safetensors
 
-OUT then holds `latest`, `step3/*.pt` and `truth.safetensors`: per parameter the fp32 master (at stage 3 exp_avg and exp_avg_sq too) as
-upstream's own accessors return them after three steps.
+OUT then holds `latest`, `step3/*.pt` and `truth.safetensors`: per parameter the fp32 master, and at stage 3 also
+exp_avg and exp_avg_sq, as upstream's own accessors return them after three steps.
 """
 
 from __future__ import annotations
@@ -17,10 +17,11 @@ import sys
 
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
-import deepspeed
 import torch
-from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 from safetensors.torch import save_file
+
+import deepspeed
+from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 
 
 class Tiny(torch.nn.Module):
@@ -60,9 +61,7 @@ def main() -> None:
     }
     if dtype == "bf16":
         config["bf16"] = {"enabled": True}
-    if dtype == "fp16":
-        config["fp16"] = {"enabled": True, "initial_scale_power": 8}
-    engine, optimizer, _, _ = deepspeed.initialize(model=model, model_parameters=groups, config=config)
+    engine, _, _, _ = deepspeed.initialize(model=model, model_parameters=groups, config=config)
     rank = torch.distributed.get_rank()
     for step in range(3):
         generator = torch.Generator().manual_seed(100 * step + rank)
