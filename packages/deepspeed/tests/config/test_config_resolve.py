@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import logging
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -359,3 +361,9 @@ class TestResult:
         assert model.zero_optimization.stage == 3 and model.train_micro_batch_size_per_gpu is None
         with pytest.raises(DeepSpeedConfigError, match="unknown key"):
             parse_config({"zero_optimization": {"stge": 3}})
+
+    def test_copies_keep_everything(self) -> None:
+        config = made(zero_optimization={"stage": 2})
+        for twin in (copy.deepcopy(config), pickle.loads(pickle.dumps(config))):
+            assert twin == config
+            assert twin.sources == config.sources and twin.origin == config.origin and twin.raw == config.raw

@@ -5,6 +5,10 @@
 
 from __future__ import annotations
 
+import ast
+import functools
+import inspect
+import itertools
 import sys
 import types
 import typing
@@ -16,7 +20,7 @@ from deepspeed.config.keys import ALIASES, Key, known_keys
 from deepspeed.config.model import ConfigModel
 from deepspeed.config.support import support_of
 
-__all__ = ["config_page", "json_schema"]
+__all__ = ["config_page", "field_docs", "json_schema"]
 
 _HEAD = """# The config, key by key
 
@@ -34,6 +38,24 @@ Status of a key:
 - **no-op**: accepted and ignored, for the reason given; the log says so once.
 - **unsupported**: refused by name while the feature is on; a disabled block is accepted.
 """
+
+
+@functools.cache
+def field_docs(section: type[Section]) -> dict[str, str]:
+    """Field -> the text under it, for the fields that `section` itself defines.
+
+    Read from the source when a page or a schema is made: pydantic can do it for each class as it is defined, which
+    would cost every `import deepspeed.config` a quarter of a second.
+    """
+    tree = ast.parse(inspect.getsource(section))
+    (node,) = tree.body
+    assert isinstance(node, ast.ClassDef)
+    return {
+        field.target.id: _oneline(text.value.value)
+        for field, text in itertools.pairwise(node.body)
+        if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name)
+        if isinstance(text, ast.Expr) and isinstance(text.value, ast.Constant) and isinstance(text.value.value, str)
+    }
 
 
 def config_page() -> str:
@@ -66,7 +88,7 @@ def _table(keys: list[Key]) -> Iterator[str]:
             _type(key.field.annotation),
             _default(key),
             status,
-            _oneline(key.field.description),
+            field_docs(key.owner)[key.path.rpartition(".")[2]],
         )
         yield "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
 
@@ -122,12 +144,10 @@ def json_schema() -> dict[str, Any]:
     schema["title"] = "DeepSpeed config"
     schema["additionalProperties"] = True  # clients send extras at the top level; they are warned about
     definitions = schema.get("$defs", {})
-    for block in (schema, *definitions.values()):
+    models = {key.section.__name__: key.section for key in known_keys(ConfigModel) if key.section is not None}
+    for block, model in [(schema, ConfigModel), *((definitions[name], model) for name, model in models.items())]:
         for name, field in block.get("properties", {}).items():
-            block["properties"][name] = {
-                "anyOf": [field, {"const": "auto"}],
-                "description": field.get("description", ""),
-            }
+            block["properties"][name] = {"anyOf": [field, {"const": "auto"}], "description": field_docs(model)[name]}
     for section, names in ALIASES.items():
         owner = schema if not section else definitions[_model_name(section)]
         for alias, key in names.items():

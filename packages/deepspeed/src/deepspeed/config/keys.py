@@ -47,6 +47,8 @@ class Key:
     path: str
     """Dotted, from the top: "zero_optimization.stage"."""
     field: FieldInfo
+    owner: type[Section]
+    """The model that has the field."""
     section: type[Section] | None
     """The model of its value when the value is a block of keys."""
 
@@ -64,7 +66,7 @@ def known_keys(model: type[Section], prefix: str = "") -> Iterator[Key]:
     """All keys below `model`, sections before their content, in the order of definition."""
     for name, field in model.model_fields.items():
         section = inner_section(field.annotation)
-        yield Key(f"{prefix}{name}", field, section)
+        yield Key(f"{prefix}{name}", field, model, section)
         if section is not None:
             yield from known_keys(section, f"{prefix}{name}.")
 

@@ -38,12 +38,12 @@ class ResolvedConfig(ConfigModel):
 
     _raw: Mapping[str, Any] = PrivateAttr(default_factory=dict)
     _origin: str = PrivateAttr(default="config")
-    _sources: Mapping[str, str] = PrivateAttr(default_factory=dict)
+    _sources: dict[str, str] = PrivateAttr(default_factory=dict)
 
     def with_context(self, raw: Mapping[str, Any], origin: str, sources: Mapping[str, str]) -> ResolvedConfig:
         """The same values with what they were made of."""
         made = self.model_copy()
-        made._raw, made._origin, made._sources = raw, origin, MappingProxyType(dict(sources))
+        made._raw, made._origin, made._sources = raw, origin, dict(sources)
         return made
 
     @property
@@ -59,7 +59,7 @@ class ResolvedConfig(ConfigModel):
     @property
     def sources(self) -> Mapping[str, str]:
         """Dotted key -> "file ds.json: key", "default", "derived: why" or "argument"."""
-        return self._sources
+        return MappingProxyType(self._sources)
 
     def with_batch(
         self, *, train_batch_size: int | None = None, train_micro_batch_size_per_gpu: int | None = None
