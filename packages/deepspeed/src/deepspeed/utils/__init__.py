@@ -1,6 +1,8 @@
 """Upstream's collection of helpers; each name is imported from the module that has it on first use."""
 
-from deepspeed._lazy import attach
+import sys
+
+from deepspeed._lazy import FunctionsOverModules, attach
 
 _LOGGING = (
     "get_caller_func",
@@ -69,7 +71,9 @@ __getattr__, __dir__ = attach(
         "nvtx",
         "tensor_fragment",
         "timer",
-        "z3_leaf_module",
         "zero_to_fp32",
     ),
 )
+
+# `z3_leaf_module` is a function in the module of that name.
+sys.modules[__name__].__class__ = FunctionsOverModules

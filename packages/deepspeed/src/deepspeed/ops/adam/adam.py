@@ -24,6 +24,9 @@ from deepspeed.ops.wrapping import copied_groups, unhooked_step
 
 
 class _FusedTorchAdam(Adam):
+    steps_as_torch_adam = True
+    """On flat fp32 masters a step is torch's fused kernel; ds_zero may drive it directly."""
+
     def __init__(
         self,
         params: Iterable[Any],
