@@ -12,6 +12,7 @@ import json
 import os
 import platform
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -37,13 +38,17 @@ class Bench:
         self._prepared: set[str] = set()
 
     def __enter__(self) -> Bench:
+        signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # so that ranks and scratch go too
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
         if error is None:
             shutil.rmtree(self.scratch, ignore_errors=True)
-        else:
-            print(f"logs of the ranks are kept in {self.scratch}", file=sys.stderr)
+            return
+        for path in self.scratch.iterdir():
+            if path.suffix != ".log":
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+        print(f"logs of the ranks are kept in {self.scratch}", file=sys.stderr)
 
     def python(self, contender: Contender) -> str:
         """The interpreter of `contender`."""

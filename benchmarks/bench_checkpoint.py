@@ -84,7 +84,7 @@ def during_training(group: RankGroup, folder: Path, tag: str) -> dict[str, float
         sampler.stop()
         group.sampler = None
     usual = statistics.median(before)
-    lost = sum(max(0.0, step - usual) for step in after)
+    lost = max(0.0, sum(after) - usual * len(after))
     return {
         "save_training_s": call,
         "stall_s": call + lost,

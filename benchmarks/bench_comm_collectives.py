@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import os
 import statistics
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -113,7 +114,8 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--calls", type=int, default=4, help="calls of a turn")
     options = parser.parse_args()
-    os.environ.update(OMP_NUM_THREADS="1", PYTHONPATH=os.pathsep.join(SOURCES))
+    os.environ["OMP_NUM_THREADS"] = "1"
+    sys.path[:0] = SOURCES  # the ranks inherit it
     os.environ["PYTHONWARNINGS"] = "ignore::FutureWarning"  # torch renames its collectives; the old names still stand
     worlds = {"torch": None, "shm": "shm", "gloo": "gloo"}
     chosen = [worlds[name] for name in (options.only.split(",") if options.only else worlds)]

@@ -40,12 +40,11 @@ class Rank:
         import torch
 
         torch_s = time.perf_counter() - start
+        self.deepspeed_version: str | None = None
         if spec["kind"] == "engine":
             import deepspeed
 
             self.deepspeed_version = deepspeed.__version__
-        else:
-            self.deepspeed_version = None
         if spec["model"] == "smollm2":
             import transformers  # noqa: F401
         import contenders
