@@ -164,6 +164,8 @@ def test_signals_reach_the_ranks(place, number, code):
         rank = os.environ["RANK"]
         def leave(number, frame):
             Path(f"got.{rank}").write_text(str(number))
+            if rank == "1":
+                raise OSError("no room for the last checkpoint")
             sys.exit(0)
         signal.signal(signal.SIGINT, leave)
         signal.signal(signal.SIGTERM, leave)
@@ -178,6 +180,7 @@ def test_signals_reach_the_ranks(place, number, code):
     assert process.returncode == code
     assert [(place / f"got.{rank}").read_text() for rank in range(2)] == [str(int(number))] * 2
     assert f"{number.name}: passed on to the ranks" in err
+    assert "rank 1: exit code 1: OSError: no room for the last checkpoint" in err
     assert "Traceback" not in err
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import re
 import shlex
 import subprocess
 import sys
@@ -36,7 +37,11 @@ def test_pdsh():
     assert command.argv[:8] == ("pdsh", "-S", "-f", "1024", "-w", "h1,h2", "-t", "5")
     assert len(command.argv) == 9
     assert command.env["PDSH_RCMD_TYPE"] == "ssh"
-    assert "pkill" in command.kill[-1]
+    pattern = shlex.split(command.kill[-1])[-1]
+    for node_rank in range(2):  # it ends this launch on every host, no other launch, and not itself
+        assert re.search(pattern, " ".join(launch_arguments(spec, str(node_rank))))
+    assert not re.search(pattern, " ".join(launch_arguments(dataclasses.replace(spec, master_port=1), "0")))
+    assert not re.search(pattern, command.kill[-1])
     for node_rank in range(2):
         # What pdsh replaces, then what the remote shell reads: it must be the per-host command with the same spec.
         text = command.argv[8].replace("%%", "\0").replace("%n", str(node_rank)).replace("\0", "%")

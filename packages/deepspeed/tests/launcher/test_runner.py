@@ -139,7 +139,7 @@ def test_an_interrupt_reaches_the_hosts(cluster):
     process.send_signal(signal.SIGINT)
     process.communicate(timeout=60)
     assert process.returncode == 130
-    assert "[d]eepspeed.launcher.launch" in (cluster / "killed").read_text()
+    assert "[d]eepspeed.launcher.launch --world_info=" in (cluster / "killed").read_text()
     wait_until(lambda: not [pid for pid in written(cluster / "pids", 3) if is_alive(pid)], "all ranks are gone")
 
 

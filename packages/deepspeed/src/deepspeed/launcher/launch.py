@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 from deepspeed.launcher.devices import local_devices
 from deepspeed.launcher.hostfile import decode_world_info
 from deepspeed.launcher.ports import check_port
-from deepspeed.launcher.report import failure_report, first_failure
+from deepspeed.launcher.report import failure_report, first_failure, one_line
 from deepspeed.launcher.signals import SignalInbox
 from deepspeed.launcher.spec import LaunchSpec, Program
 
@@ -150,6 +150,11 @@ def run_node(spec: LaunchSpec) -> int:
         finally:
             agent.stop_ranks(signal.SIGKILL, 0.0)
     if interrupted is not None:
+        for (
+            outcome
+        ) in agent.outcomes:  # a rank that could not end as it should, e.g. failed to write its last checkpoint
+            if outcome.returncode not in (0, -interrupted) and "KeyboardInterrupt" not in (text := one_line(outcome)):
+                logger.warning("rank %d: %s", outcome.plan.rank, text)
         logger.warning("ended by %s; all ranks are gone", interrupted.name)
         return 128 + interrupted
     return _conclude(spec, agent)

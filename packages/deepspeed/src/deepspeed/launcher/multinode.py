@@ -85,14 +85,16 @@ def _pdsh(spec: LaunchSpec) -> Command:
     env = {"PDSH_RCMD_TYPE": "ssh"}
     if transport.ssh_port is not None:
         env["PDSH_SSH_ARGS_APPEND"] = f"{os.environ.get('PDSH_SSH_ARGS_APPEND', '')} -p {transport.ssh_port}".strip()
-    # The bracket keeps the pattern from matching the remote shell that runs pkill.
-    kill = ("pdsh", "-S", "-f", "1024", "-w", hosts, "pkill -TERM -f '[d]eepspeed.launcher.launch'")
+    # Only this launch; the bracket keeps the pattern from matching the remote shell that runs pkill.
+    pattern = " ".join([*launch_arguments(spec, "[0-9]+")[3:8], ""]).replace("deepspeed", "[d]eepspeed", 1)
+    kill = ("pdsh", "-S", "-f", "1024", "-w", hosts, f"pkill -TERM -f {shlex.quote(pattern)}")
     return Command(("pdsh", "-S", "-f", "1024", "-w", hosts, *transport.args, command), env, kill)
 
 
 def _openmpi(spec: LaunchSpec) -> Command:
     transport = spec.transport
     interface = () if "btl_tcp_if_include" in transport.args else ("--mca", "btl_tcp_if_include", "eth0")
+    hostfile = ("-hostfile", transport.hostfile) if transport.hostfile else ()
     exports = {"UCX_TLS": "tcp", **_exports(spec)}
     return Command(
         (
@@ -100,8 +102,7 @@ def _openmpi(spec: LaunchSpec) -> Command:
                 "mpirun",
                 "-n",
                 str(spec.world_size),
-                "-hostfile",
-                transport.hostfile,
+                *hostfile,
                 "--mca",
                 "btl",
                 "^openib",
