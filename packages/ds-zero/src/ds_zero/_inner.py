@@ -7,7 +7,7 @@ working). Elementwise optimizers cannot tell the difference.
 Two ways to step, one result per optimizer:
     fused    torch's fused Adam/AdamW kernel, driven in cache-sized chunks: cast gradient, update, cast parameter, in
              one pass over memory. Taken for torch.optim.Adam/AdamW unless `foreach=True` or `fused=False` was asked
-             for (`fused=None` leaves the choice to us).
+             for (`fused=None` leaves the choice to us), and for classes that say `steps_as_torch_adam = True`.
     generic  any other elementwise optimizer: `optimizer.step()` over segments, at most `sub_group_size` elements at a
              time, so that their fp32 gradients exist only briefly.
 """
@@ -78,8 +78,12 @@ class InnerOptimizer:
     @property
     def fused(self) -> bool:
         """Whether torch's fused Adam kernel drives the update."""
-        return type(self.optimizer) in (Adam, AdamW) and all(
-            group.get("fused") is not False and not group.get("foreach") and not group.get("differentiable")
+        cls = type(self.optimizer)
+        return (cls in (Adam, AdamW) or getattr(cls, "steps_as_torch_adam", False)) and all(
+            group.get("fused") is not False
+            and not group.get("foreach")
+            and not group.get("differentiable")
+            and group.get("bias_correction", True)
             for group in self.optimizer.param_groups
         )
 

@@ -134,9 +134,9 @@ class GradientReducer:
         if self.config.overlap_comm is not False:
             self._poll()
 
-    def flush(self) -> None:
+    def flush(self, force: bool = False) -> None:
         """End the micro-batch: launch what is left, wait for everything. Nothing to do without a backward."""
-        if not self._started:
+        if not self._started and not force:
             return
         if not self.config.ignore_unused_parameters:
             self._refuse_unused()

@@ -12,7 +12,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -66,6 +66,7 @@ class ZeroOptimizer(Optimizer):
         self.scaler = LossScaler(self.config.loss_scaling, enabled=fp16)
         self._low_precision = any(unit.layout.dtype != "float32" for unit in sharded.trainable)
         self._sync = True
+        self._loss_is_scaled = False
         self._hooks = [
             parameter.register_post_accumulate_grad_hook(self._arrival(unit, index))
             for unit in sharded.trainable
@@ -94,6 +95,11 @@ class ZeroOptimizer(Optimizer):
 
     def _arrival(self, unit: Unit, index: int) -> Callable[[Tensor], None]:
         def arrived(parameter: Tensor) -> None:
+            if self.loss_scale != 1.0 and not self._loss_is_scaled:
+                raise ZeroStateError(
+                    f"backward() of an unscaled loss, but this fp16 model trains with loss scale {self.loss_scale:g}; call"
+                    " optimizer.backward(loss), or optimizer.scale(loss).backward()"
+                )
             if self._sync:
                 self.reducer.arrived(unit, index)
 
@@ -126,9 +132,13 @@ class ZeroOptimizer(Optimizer):
                 f" {self.reducer.divisor}; use one value for all micro-batches of a step"
             )
         self.reducer.divisor = divisor
-        scaled = loss if self.loss_scale == 1.0 else loss.float() * self.loss_scale
-        scaled.backward(retain_graph=retain_graph)  # type: ignore[no-untyped-call]
+        self.scale(loss).backward(retain_graph=retain_graph)  # type: ignore[no-untyped-call]
         self.end_backward()
+
+    def scale(self, loss: Tensor) -> Tensor:
+        """The loss to call `.backward()` on by hand: multiplied by the loss scale."""
+        self._loss_is_scaled = True
+        return loss if self.loss_scale == 1.0 else loss.float() * self.loss_scale
 
     def end_backward(self) -> None:
         """End a micro-batch whose backward ran outside `backward()`; the next forward and `step` do it as well."""
@@ -136,7 +146,12 @@ class ZeroOptimizer(Optimizer):
             self.reducer.flush()
         else:
             self.reducer.keep_local()
+        self._loss_is_scaled = False
         self.sharded.end_micro_batch()
+
+    def reduce_kept(self) -> None:
+        """Reduce now what `no_sync` kept (as one micro-batch), without waiting for another backward."""
+        self.reducer.flush(force=True)
 
     @contextlib.contextmanager
     def no_sync(self) -> Iterator[None]:
@@ -248,7 +263,7 @@ class ZeroOptimizer(Optimizer):
                 state = self.optimizer.state[segment.parameter]
                 if key not in state:
                     state[key] = torch.zeros_like(segment.parameter, dtype=dtype)
-        return [*self._segments(shard_only=False), *self.sharded.parameter_segments()]
+        return [*self._segments(shard_only=False), *self.sharded.parameter_segments(shard_only=False)]
 
     def _segments(self, *, shard_only: bool) -> Iterator[StateSegment]:
         for segment in self.inner.segments:
@@ -275,20 +290,17 @@ class ZeroOptimizer(Optimizer):
         return StateSegment(segment.unit.layout, segment.group, start, stop - start, tensors, scalars)
 
     @torch.no_grad()
-    def finish_import(self, scalars: dict[str, dict[str, float]] | None = None) -> None:
-        """Publish what was loaded into the masters; `scalars` maps a parameter name to its optimizer numbers."""
+    def finish_import(self, targets: Sequence[StateSegment] = ()) -> None:
+        """Publish what was loaded into the masters, and take the segments' scalars over (collective)."""
+        for segment, target in zip(self.inner.segments, targets, strict=False):
+            state = self.optimizer.state[segment.parameter]
+            for key, value in target.scalars.items():
+                state[key] = torch.tensor(float(value), dtype=torch.float32) if key == "step" else value
         for segment in self.inner.segments:
             unit = segment.unit
-            state = self.optimizer.state[segment.parameter]
-            first = next(unit.layout.pieces(unit.start + segment.offset, unit.start + segment.offset + 1))
-            for key, value in ((scalars or {}).get(first.slot.name) or {}).items():
-                state[key] = torch.tensor(float(value), dtype=torch.float32) if key == "step" else value
             if unit.master is not None and unit.master is not unit.storage.own:
-                unit.storage.own.copy_(unit.master)
-        for unit in self.sharded.units:
-            if unit.master is None and not unit.sharded:
-                continue
-            unit.publish(self.config.allgather_bucket_size)
+                segment.of(unit.storage.own).copy_(segment.parameter.data)
+        self.sharded.settle()
         self.reducer.clear()
 
     def state_dict(self) -> dict[str, Any]:  # type: ignore[override]

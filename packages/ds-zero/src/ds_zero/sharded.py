@@ -228,27 +228,40 @@ class ShardedModel:
         if self.hooks is not None:
             self.hooks.end_micro_batch()
 
-    def parameter_segments(self) -> list[StateSegment]:
-        """Own elements of the parameters that no optimizer updates: what a checkpoint saves of them."""
+    def parameter_segments(self, *, shard_only: bool = True) -> list[StateSegment]:
+        """Parameters that no optimizer updates: the own elements (what a checkpoint saves), or all that this rank holds."""
         segments = []
         for unit in self.units:
-            if unit.master is None:
-                start, stop = unit.layout.shard_range(self.comm.rank)
-                for segment in unit.layout.segments(start, stop):
-                    tensor = unit.storage.shard[segment.offset : segment.offset + segment.numel]
-                    segments.append(
-                        StateSegment(
-                            unit.layout, segment.group, start + segment.offset, segment.numel, {PARAM: tensor}, {}
-                        )
-                    )
+            if unit.master is not None:
+                continue
+            whole = not shard_only and not unit.sharded
+            start, stop = (0, unit.layout.padded_numel) if whole else unit.layout.shard_range(self.comm.rank)
+            memory = unit.storage.full if whole else unit.storage.shard
+            for segment in unit.layout.segments(start, stop):
+                tensors = {PARAM: memory[segment.offset : segment.offset + segment.numel]}
+                segments.append(
+                    StateSegment(unit.layout, segment.group, start + segment.offset, segment.numel, tensors, {})
+                )
         return segments
+
+    def settle(self) -> None:
+        """Exchange what was written into the units' own ranges (after a load; collective)."""
+        for unit in self.units:
+            if unit.master is not None or unit.sharded:
+                unit.publish(self.config.allgather_bucket_size)
+
+    def detach(self) -> None:
+        """Remove the hooks; parameters stay as they are. Local."""
+        if self.hooks is not None:
+            self.hooks.close()
+            self.hooks = None
+        if self._root_hook is not None:
+            self._root_hook.remove()
+            self._root_hook = None
 
     def close(self) -> None:
         """Undo the sharding: parameters become ordinary tensors with their full values (collective)."""
-        if self.hooks is not None:
-            self.hooks.close()
-        if self._root_hook is not None:
-            self._root_hook.remove()
+        self.detach()
         for unit in self.units:
             unit.gather()
             unit.close()

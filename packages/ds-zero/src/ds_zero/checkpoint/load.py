@@ -18,6 +18,7 @@ import torch
 
 from ds_zero.checkpoint import durable
 from ds_zero.checkpoint.commit import wait_for_pending_saves
+from ds_zero.checkpoint.format import dtype_from_name
 from ds_zero.checkpoint.peers import Peers, peers_of
 from ds_zero.checkpoint.progress import byte_progress
 from ds_zero.checkpoint.read import Checkpoint, Want, other_tags, resolve_tag
@@ -27,7 +28,7 @@ from ds_zero.errors import CheckpointError
 from ds_zero.layout import ParamSlot, Piece, ShardMap
 from ds_zero.state import MASTER, PARAM, StateSegment
 
-__all__ = ["LoadedCheckpoint", "load"]
+__all__ = ["LoadedCheckpoint", "load", "state_keys"]
 
 _LOGGER = logging.getLogger(__name__)
 _VALUES = (MASTER, PARAM)
@@ -105,6 +106,10 @@ def load(
     error: str | None = None
     try:
         wait_for_pending_saves()
+    except OSError as failure:
+        error = str(failure)
+    peers.all_gather(None, label=f"load_checkpoint {tag}: earlier saves are done")  # rank 0 moves `latest` last
+    try:
         root = Path(directory).absolute()
         source = _open(root, tag, allow_pickle)
         if source is not None:
@@ -120,6 +125,20 @@ def load(
     if len({name for _, name in outcomes}) > 1:
         raise CheckpointError(f"the ranks found different tags in {directory}: {[name for _, name in outcomes]}")
     return result
+
+
+def state_keys(
+    directory: str | os.PathLike[str], tag: str | None = None, *, allow_pickle: bool | None = None
+) -> dict[str, torch.dtype]:
+    """The optimizer's per-element states that a checkpoint holds, with their dtypes: what to allocate before `load`.
+
+    Empty if there is no checkpoint or it holds only weights.
+    """
+    source = _open(Path(directory).absolute(), tag, allow_pickle)
+    found: dict[str, torch.dtype] = {}
+    for param in source.manifest.params.values() if source is not None else ():
+        found.update((key, dtype_from_name(record.dtype)) for key, record in param.keys.items() if key not in _VALUES)
+    return found
 
 
 def _open(root: Path, tag: str | None, allow_pickle: bool | None) -> _Source | None:

@@ -1,0 +1,304 @@
+"""The engine's checkpoints: what of an engine is state, and how it goes in and out of ds_zero.checkpoint.
+
+Saved besides weights and optimizer state: counters, scheduler, loss scaler, param-group settings, data cursor, each
+rank's RNG states, the model's persistent buffers, and the client's state. Resuming at the same number of ranks is
+exact; at another number RNG states are seeded anew and the data cursor is the caller's affair.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+import ds_comm
+import ds_zero
+from deepspeed.__about__ import __version__
+from deepspeed.utils.logging import logger
+from ds_zero import checkpoint as store
+
+if TYPE_CHECKING:
+    from deepspeed.engine import DeepSpeedEngine
+
+__all__ = [
+    "consolidated_state_dict",
+    "load",
+    "load_module",
+    "save",
+    "save_16bit_model",
+    "wait",
+    "without_frozen",
+]
+
+COUNTERS = ("global_steps", "global_samples", "micro_steps", "skipped_steps")
+
+
+# -- save ---------------------------------------------------------------------------------------------------------
+
+
+def save(
+    engine: DeepSpeedEngine,
+    directory: str | os.PathLike[str],
+    tag: str | None,
+    client_state: dict[str, Any],
+    save_latest: bool,
+    exclude_frozen: bool,
+) -> bool:
+    """See DeepSpeedEngine.save_checkpoint. ValueError for an empty directory."""
+    if not str(directory):
+        raise ValueError("save_checkpoint needs a directory, got an empty name")
+    tag = f"global_step{engine.global_steps}" if tag is None else str(tag)
+    optimizer = engine.optimizer
+    training = isinstance(optimizer, ds_zero.ZeroOptimizer)
+    segments = optimizer.export_state() if training else engine.sharded.parameter_segments()
+    pending = store.save(
+        directory,
+        tag,
+        segments,
+        shard_map=engine.sharded.shard_map,
+        extra=_extra(engine, client_state),
+        rank_extra={"rng": _rng_state()},
+        buffers=_buffers(engine.module),
+        group=engine.data_parallel_group,
+        save_latest=save_latest,
+        exclude_frozen=exclude_frozen,
+    )
+    engine.__dict__["_pending_save"] = pending
+    engine.callbacks.on_save(engine, str(directory), tag)
+    return True
+
+
+def wait(engine: DeepSpeedEngine) -> None:
+    """Wait for the engine's last save."""
+    pending = engine.__dict__.pop("_pending_save", None)
+    if pending is not None:
+        pending.wait()
+
+
+def _extra(engine: DeepSpeedEngine, client_state: dict[str, Any]) -> dict[str, Any]:
+    optimizer = engine.optimizer
+    extra: dict[str, Any] = {
+        "client_state": client_state,
+        "ds_version": __version__,
+        "counters": {name: getattr(engine, name) for name in COUNTERS},
+        "zero_stage": engine.zero_optimization_stage(),
+    }
+    if engine.lr_scheduler is not None:
+        extra["lr_scheduler"] = _plain(engine.lr_scheduler.state_dict())
+    if isinstance(optimizer, ds_zero.ZeroOptimizer):
+        extra["loss_scaler"] = optimizer.scaler.state_dict()
+        extra["param_groups"] = [
+            _plain({key: value for key, value in group.items() if key != "params"}) for group in optimizer.param_groups
+        ]
+    cursor = getattr(engine.training_dataloader, "state_dict", None)
+    if cursor is not None:
+        extra["data"] = cursor()
+    return extra
+
+
+def _plain(value: Any) -> Any:
+    """Nested containers with tuples as lists; what is neither JSON nor a tensor (functions of LambdaLR) is left out."""
+    if isinstance(value, dict):
+        return {str(key): _plain(item) for key, item in value.items() if not callable(item)}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value if not callable(item)]
+    return value
+
+
+def _buffers(module: nn.Module) -> dict[str, Tensor]:
+    """Persistent buffers by name."""
+    parameters = {name for name, _ in module.named_parameters(remove_duplicate=False)}
+    return {
+        name: value
+        for name, value in module.state_dict().items()
+        if name not in parameters and isinstance(value, Tensor)
+    }
+
+
+def _rng_state() -> dict[str, Any]:
+    version, keys, position = random.getstate()[0], random.getstate()[1], random.getstate()[2]
+    kind, words, index, has_gauss, gauss = np.random.get_state(legacy=True)
+    state: dict[str, Any] = {
+        "torch": torch.get_rng_state(),
+        "python": {"version": version, "keys": list(keys), "gauss": position},
+        "numpy": {
+            "kind": str(kind),
+            "words": torch.from_numpy(np.asarray(words).astype(np.int64)),
+            "index": int(index),
+            "has_gauss": int(has_gauss),
+            "gauss": float(gauss),
+        },
+    }
+    if torch.cuda.is_available():
+        state["cuda"] = torch.cuda.get_rng_state()
+    return state
+
+
+def _set_rng_state(state: dict[str, Any]) -> None:
+    torch.set_rng_state(state["torch"].to(torch.uint8))
+    python = state["python"]
+    random.setstate((python["version"], tuple(python["keys"]), python["gauss"]))
+    words = state["numpy"]
+    np.random.set_state(
+        (words["kind"], words["words"].numpy().astype(np.uint32), words["index"], words["has_gauss"], words["gauss"])
+    )
+    if "cuda" in state and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state["cuda"])
+
+
+# -- load ---------------------------------------------------------------------------------------------------------
+
+
+def load(
+    engine: DeepSpeedEngine,
+    directory: str | os.PathLike[str],
+    tag: str | None,
+    *,
+    strict: bool,
+    optimizer_states: bool,
+    scheduler_states: bool,
+    module_only: bool,
+    custom_load_fn: Callable[..., Any] | None,
+) -> tuple[str | None, dict[str, Any] | None]:
+    """See DeepSpeedEngine.load_checkpoint."""
+    wait(engine)
+    optimizer = engine.optimizer
+    training = isinstance(optimizer, ds_zero.ZeroOptimizer)
+    targets = optimizer.import_targets() if training else engine.sharded.parameter_segments(shard_only=False)
+    loaded = store.load(
+        directory,
+        targets,
+        shard_map=engine.sharded.shard_map,
+        tag=tag,
+        group=engine.data_parallel_group,
+        weights_only=not optimizer_states,
+        strict=strict,
+    )
+    if loaded is None:
+        logger.warning("no file 'latest' in %s and no tag given; nothing is loaded", directory)
+        return None, None
+    if training:
+        optimizer.finish_import(targets)
+    else:
+        engine.sharded.settle()
+    _load_buffers(engine.module, loaded.buffers)
+    if custom_load_fn is not None:
+        custom_load_fn(src=loaded, dst=engine.module)
+    extra = loaded.extra
+    if training and optimizer_states:
+        _load_optimizer_settings(optimizer, extra)
+    if scheduler_states and engine.lr_scheduler is not None and "lr_scheduler" in extra:
+        engine.lr_scheduler.load_state_dict(extra["lr_scheduler"])
+    if not module_only:
+        for name, value in extra.get("counters", {}).items():
+            setattr(engine, name, value)
+        if loaded.rank_extra is not None:
+            _set_rng_state(loaded.rank_extra["rng"])
+        else:
+            logger.warning(
+                "%s was saved by %d ranks: random number states are not restored", loaded.path, loaded.world_size
+            )
+        cursor = getattr(engine.training_dataloader, "load_state_dict", None)
+        if cursor is not None and "data" in extra:
+            cursor(extra["data"])
+    engine.callbacks.on_load(engine, str(directory), loaded.tag)
+    state = {**extra.get("counters", {}), "ds_version": extra.get("ds_version"), **extra.get("client_state", {})}
+    return str(loaded.path), state
+
+
+def _load_optimizer_settings(optimizer: ds_zero.ZeroOptimizer, extra: dict[str, Any]) -> None:
+    if "loss_scaler" in extra:
+        optimizer.scaler.load_state_dict(extra["loss_scaler"])
+    saved = extra.get("param_groups", [])
+    if len(saved) != len(optimizer.param_groups):
+        return
+    for group, values in zip(optimizer.param_groups, saved, strict=True):
+        for key, value in values.items():
+            group[key] = tuple(value) if isinstance(group.get(key), tuple) else value
+
+
+def _load_buffers(module: nn.Module, buffers: dict[str, Tensor]) -> None:
+    live = _buffers(module)
+    with torch.no_grad():
+        for name, value in buffers.items():
+            if name in live:
+                live[name].copy_(value)
+
+
+# -- whole models -------------------------------------------------------------------------------------------------
+
+
+def without_frozen(module: nn.Module, state: dict[str, Any]) -> dict[str, Any]:
+    """A state dict without the parameters that do not require a gradient."""
+    frozen = {name for name, p in module.named_parameters(remove_duplicate=False) if not p.requires_grad}
+    return {name: value for name, value in state.items() if name not in frozen}
+
+
+@torch.no_grad()
+def consolidated_state_dict(engine: DeepSpeedEngine, exclude_frozen: bool = False) -> dict[str, Tensor] | None:
+    """Full tensors on CPU on rank 0 (ties share one tensor), None elsewhere; one parameter is gathered at a time."""
+    mine = ds_comm.get_rank(engine.data_parallel_group) == 0
+    whole: dict[int, Tensor] = {}
+    state: dict[str, Tensor] = {}
+    for name, parameter in engine.module.named_parameters(remove_duplicate=False):
+        if exclude_frozen and not parameter.requires_grad:
+            continue
+        if id(parameter) not in whole:
+            with ds_zero.GatheredParameters(parameter):
+                whole[id(parameter)] = parameter.detach().cpu().clone() if mine else torch.empty(0)
+        state[name] = whole[id(parameter)]
+    if not mine:
+        return None
+    state.update({name: value.detach().cpu().clone() for name, value in _buffers(engine.module).items()})
+    return {name: state[name] for name in engine.module.state_dict() if name in state}
+
+
+def save_16bit_model(
+    engine: DeepSpeedEngine, directory: str | os.PathLike[str], filename: str, exclude_frozen: bool
+) -> bool:
+    """See DeepSpeedEngine.save_16bit_model. False at stage 3 without the gather key, as upstream."""
+    if engine.zero_optimization_stage() == 3 and not engine.zero_gather_16bit_weights_on_model_save():
+        logger.warning(
+            "%s was not saved: set zero_optimization.stage3_gather_16bit_weights_on_model_save to true", filename
+        )
+        return False
+    state = consolidated_state_dict(engine, exclude_frozen)
+    if state is not None:
+        target = Path(directory) / filename
+        target.parent.mkdir(parents=True, exist_ok=True)
+        temporary = target.with_name(f".{target.name}.tmp")
+        if target.suffix == ".safetensors":
+            save_file(_untied(state), temporary, metadata={"format": "pt"})
+        else:
+            torch.save(state, temporary)
+        os.replace(temporary, target)
+    ds_comm.barrier(engine.data_parallel_group, label="save_16bit_model")
+    return True
+
+
+def _untied(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Each tensor once: safetensors refuses shared memory, and loaders tie again by the config."""
+    seen: set[int] = set()
+    return {k: v for k, v in state.items() if not (v.data_ptr() in seen or seen.add(v.data_ptr()))}  # type: ignore[func-returns-value]
+
+
+@torch.no_grad()
+def load_module(
+    engine: DeepSpeedEngine, state: dict[str, Any], strict: bool, custom_load_fn: Callable[..., Any] | None
+) -> None:
+    """Full tensors into parameters (and masters) and buffers; every rank passes the same."""
+    module = engine.module
+    with ds_zero.GatheredParameters(list(module.parameters()), modifier_rank=0):
+        if custom_load_fn is not None:
+            custom_load_fn(src=state, dst=module)
+        else:
+            module.load_state_dict(state, strict=strict)
+    if isinstance(engine.optimizer, ds_zero.ZeroOptimizer):
+        engine.optimizer.refresh_master()

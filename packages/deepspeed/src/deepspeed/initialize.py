@@ -1,0 +1,147 @@
+"""`deepspeed.initialize`: from what a script has (model, config, optimizer, data) to an engine.
+
+Each step is one call, in this order: distributed -> config -> optimizer -> sharding and engine -> scheduler -> data.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import nn
+
+import ds_comm
+import ds_comm.device
+from deepspeed.config import ResolvedConfig, resolve
+from deepspeed.engine import DeepSpeedEngine
+from deepspeed.errors import DeepSpeedConfigError
+from deepspeed.lr_schedules import make_schedule
+from deepspeed.optimizers import build_optimizer
+from deepspeed.utils import groups
+
+__all__ = ["add_config_arguments", "initialize"]
+
+TORCH_DISTRIBUTED_DEFAULT_PORT = 29500
+
+
+def initialize(
+    args: Any = None,
+    model: nn.Module | None = None,
+    optimizer: torch.optim.Optimizer | Callable[..., torch.optim.Optimizer] | None = None,
+    model_parameters: Iterable[Any] | None = None,
+    training_data: Any = None,
+    lr_scheduler: Any = None,
+    distributed_port: int = TORCH_DISTRIBUTED_DEFAULT_PORT,
+    mpu: Any = None,
+    dist_init_required: bool | None = None,
+    collate_fn: Callable[[list[Any]], Any] | None = None,
+    config: Any = None,
+    mesh_param: tuple[int, int] | None = None,
+    config_params: Any = None,
+) -> tuple[DeepSpeedEngine, Any, Any, Any]:
+    """Make a training engine of a model. Collective: call it on every rank alike.
+
+    Args:
+        args: parsed command line; `args.deepspeed_config` may name the config, `args.device_rank` the device.
+        model: any torch module; may have been built under `deepspeed.zero.Init`.
+        optimizer: a torch optimizer, or a function of the parameters that makes one; else the config's section.
+        model_parameters: parameters or param groups for an optimizer made from the config (default: all trainable).
+        training_data: a dataset, for which a loader is made.
+        lr_scheduler: a scheduler, or a function of the (unwrapped) optimizer that makes one; else the config's.
+        mpu: object with `get_data_parallel_group()` and its kin, when ranks share a model in other ways as well.
+        dist_init_required: False requires that torch.distributed is initialised already.
+        config, config_params: dict, path of a JSON file, or base64 JSON.
+    Returns:
+        (engine, optimizer, dataloader, lr_scheduler); what there is none of is None.
+    Raises:
+        DeepSpeedConfigError: a bad or missing config. ValueError: no model.
+        LayoutError: an optimizer over parameters that are not the model's.
+    """
+    if model is None:
+        raise DeepSpeedConfigError("deepspeed.initialize needs a model: pass model=<torch.nn.Module>")
+    if mesh_param is not None:
+        raise DeepSpeedConfigError("not supported yet: mesh_param; sequence parallelism comes with a later version")
+    _init_distributed(distributed_port, dist_init_required)
+    group = None
+    if mpu is not None:
+        groups.mpu = mpu
+        group = groups._get_data_parallel_group()
+    resolved = resolve(
+        config,
+        dp_world_size=ds_comm.get_world_size(group),
+        device_type=ds_comm.device.device_type(),
+        args=args,
+        config_params=config_params,
+    )
+    basic = _basic_optimizer(resolved, optimizer, model_parameters, model)
+    device_rank = getattr(args, "device_rank", None)
+    engine = DeepSpeedEngine(
+        model,
+        resolved,
+        optimizer=basic,
+        group=group,
+        mpu=mpu,
+        collate_fn=collate_fn,
+        device_index=device_rank if device_rank is not None and device_rank >= 0 else None,
+        client_optimizer=optimizer,
+    )
+    engine.lr_scheduler = _scheduler(resolved, lr_scheduler, engine)
+    engine.client_lr_scheduler = lr_scheduler
+    if training_data is not None:
+        engine.training_dataloader = engine.deepspeed_io(training_data)
+    return engine, engine.optimizer, engine.training_dataloader, engine.lr_scheduler
+
+
+def _init_distributed(port: int, required: bool | None) -> None:
+    from deepspeed import comm
+
+    comm.init_distributed(distributed_port=port, dist_init_required=required)
+
+
+def _basic_optimizer(
+    config: ResolvedConfig,
+    optimizer: torch.optim.Optimizer | Callable[..., torch.optim.Optimizer] | None,
+    model_parameters: Iterable[Any] | None,
+    model: nn.Module,
+) -> torch.optim.Optimizer | None:
+    """The torch optimizer to wrap: the client's object, what the client's function makes, or the config's."""
+    if isinstance(optimizer, torch.optim.Optimizer):
+        return optimizer
+    parameters = (
+        [p for p in model.parameters() if p.requires_grad] if model_parameters is None else list(model_parameters)
+    )
+    if callable(optimizer):
+        return optimizer(parameters)
+    if optimizer is not None:
+        raise DeepSpeedConfigError(
+            f"optimizer is a {type(optimizer).__name__}; expected a torch.optim.Optimizer, a function that makes one, or None"
+        )
+    if config.optimizer is not None and parameters:
+        return build_optimizer(config.optimizer, parameters)
+    if config.zero_optimization.stage in (1, 2):
+        raise DeepSpeedConfigError(
+            f"zero_optimization.stage {config.zero_optimization.stage} shards the optimizer, and there is none: pass"
+            ' optimizer=..., or give the config an "optimizer" section and trainable model_parameters'
+        )
+    return None
+
+
+def _scheduler(config: ResolvedConfig, scheduler: Any, engine: DeepSpeedEngine) -> Any:
+    if scheduler is not None:
+        is_function = callable(scheduler) and not hasattr(scheduler, "step")
+        return scheduler(engine.basic_optimizer) if is_function else scheduler
+    if config.scheduler is None or engine.optimizer is None or config.scheduler.type is None:
+        return None
+    return make_schedule(config.scheduler.type, engine.optimizer, dict(config.scheduler.params))
+
+
+def add_config_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+    """Add `--deepspeed` and `--deepspeed_config FILE` (and upstream's deprecated spellings) to a parser."""
+    group = parser.add_argument_group("DeepSpeed", "DeepSpeed configurations")
+    group.add_argument("--deepspeed", default=False, action="store_true", help="enable DeepSpeed (read by the script)")
+    group.add_argument("--deepspeed_config", default=None, type=str, help="path of the DeepSpeed JSON configuration")
+    group.add_argument("--deepscale", default=False, action="store_true", help="deprecated: use --deepspeed")
+    group.add_argument("--deepscale_config", default=None, type=str, help="deprecated: use --deepspeed_config")
+    return parser
