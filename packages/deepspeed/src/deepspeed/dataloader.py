@@ -298,7 +298,7 @@ class RepeatingLoader:
         except StopIteration:
             self.epoch += 1
         sampler = getattr(self.loader, "sampler", None)
-        if hasattr(sampler, "set_epoch"):
+        if sampler is not None and hasattr(sampler, "set_epoch"):
             sampler.set_epoch(self.epoch)
         self._iterator = iter(self.loader)
         try:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 
@@ -92,10 +90,9 @@ INTERFACE = [
 
 
 @pytest.fixture(autouse=True)
-def undecided(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def undecided(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "_chosen", None)
     monkeypatch.delenv("DS_ACCELERATOR", raising=False)
-    yield
 
 
 @pytest.mark.parametrize("kind", [CPU_Accelerator, CUDA_Accelerator])

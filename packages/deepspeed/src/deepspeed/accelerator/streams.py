@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -53,7 +52,7 @@ class StreamTopic(Topic):
         if graph is not None:
             graph.replay()
 
-    def _nvtx(self) -> Callable[..., Any] | Any:
+    def _nvtx(self) -> Any:
         return getattr(self.module, "nvtx", None) if self._name != "cpu" else None
 
     def range_push(self, msg: str) -> Any:
