@@ -96,23 +96,9 @@ def _openmpi(spec: LaunchSpec) -> Command:
     interface = () if "btl_tcp_if_include" in transport.args else ("--mca", "btl_tcp_if_include", "eth0")
     hostfile = ("-hostfile", transport.hostfile) if transport.hostfile else ()
     exports = {"UCX_TLS": "tcp", **_exports(spec)}
-    return Command(
-        (
-            *(
-                "mpirun",
-                "-n",
-                str(spec.world_size),
-                *hostfile,
-                "--mca",
-                "btl",
-                "^openib",
-                *interface,
-            ),
-            *transport.args,
-            *(part for name, value in exports.items() for part in ("-x", f"{name}={value}")),
-            *_helper(spec),
-        )
-    )
+    head = ("mpirun", "-n", str(spec.world_size), *hostfile, "--mca", "btl", "^openib", *interface)
+    variables = (part for name, value in exports.items() for part in ("-x", f"{name}={value}"))
+    return Command((*head, *transport.args, *variables, *_helper(spec)))
 
 
 def _mpich(spec: LaunchSpec) -> Command:
