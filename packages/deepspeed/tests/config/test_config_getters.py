@@ -50,7 +50,7 @@ def test_autospec_sees_them() -> None:
         ("steps_per_print", {}, None),
         ("postscale_gradients", {"prescale_gradients": True}, False),
         ("gradient_clipping", {"gradient_clipping": 0.5}, 0.5),
-        ("use_node_local_storage", {"checkpoint": {"use_node_local_storage": True}}, True),
+        ("use_node_local_storage", {}, False),
         ("optimizer_name", {"optimizer": {"type": "SGD"}}, "SGD"),
         ("optimizer_params", {"optimizer": {"type": "SGD", "params": {"lr": 1}}}, {"lr": 1}),
         ("optimizer_name", {}, None),

@@ -61,6 +61,14 @@ class ResolvedConfig(ConfigModel):
         """Dotted key -> "file ds.json: key", "default", "derived: why" or "argument"."""
         return MappingProxyType(self._sources)
 
+    def given(self, path: str) -> bool:
+        """Whether somebody set the key, or any key of the section, at `path`; "auto" does not count."""
+        return any(
+            not source.startswith(("default", "derived"))
+            for key, source in self._sources.items()
+            if key == path or key.startswith(f"{path}.")
+        )
+
     def with_batch(
         self, *, train_batch_size: int | None = None, train_micro_batch_size_per_gpu: int | None = None
     ) -> ResolvedConfig:

@@ -55,7 +55,7 @@ SUPPORT: Mapping[str, Support] = MappingProxyType(
             "gradient_clipping",
             "gradient_allreduce_op",
         ),
-        **_all("works", "", "dataloader_drop_last", "log_level"),
+        **_all("works", "", "dataloader_drop_last", "log_level", "managed_gradient_accumulation"),
         "communication_data_type": Support(
             "works",
             "sums are fp32 whatever travels, so the model dtype or a wider one gives the same bits; a narrower "
@@ -81,10 +81,6 @@ SUPPORT: Mapping[str, Support] = MappingProxyType(
             "no-op", "upstream's CUDA-graph switch of an optimizer class that does not exist here"
         ),
         "vocabulary_size": Support("no-op", "upstream only warns about it"),
-        "managed_gradient_accumulation": Support(
-            "unsupported",
-            "false is not there yet; engine.set_gradient_accumulation_boundary(True) makes the next step() a boundary",
-        ),
         "sparse_gradients": Support("unsupported", _GONE),
         "use_data_before_expert_parallelism": Support("unsupported", _PARALLEL),
         "sequence_parallel_size": Support("unsupported", f"more than 1 {_PARALLEL}"),
@@ -194,7 +190,10 @@ SUPPORT: Mapping[str, Support] = MappingProxyType(
         "aio.thread_count": Support("no-op", "upstream documents it and never reads it"),
         "activation_checkpointing.*": Support("works"),
         "pipeline.*": Support("unsupported", "comes with ds-pipe"),
-        "checkpoint.*": Support("works"),
+        "checkpoint.tag_validation": Support(
+            "no-op", "ranks that save under different tags always raise, before anything is written"
+        ),
+        "checkpoint.use_node_local_storage": Support("unsupported", "save to a folder that all nodes share"),
         "checkpoint.load_universal": Support(
             "no-op", "every checkpoint is universal: it loads at any number of ranks and any stage"
         ),

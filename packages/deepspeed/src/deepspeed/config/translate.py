@@ -20,9 +20,9 @@ def zero_config(config: ResolvedConfig) -> ZeroConfig:
     zero = config.zero_optimization
     low_precision = config.model_dtype != "fp32"
     chosen: dict[str, Any] = {}
-    if _given(config, "data_types.grad_accum_dtype"):
+    if config.given("data_types.grad_accum_dtype"):
         chosen["grad_accum_dtype"] = config.data_types.grad_accum_dtype
-    if _given(config, "zero_optimization.stage3_max_reuse_distance"):
+    if config.given("zero_optimization.stage3_max_reuse_distance"):
         chosen["max_reuse_distance"] = zero.stage3_max_reuse_distance
     return ZeroConfig(
         stage=zero.stage,
@@ -44,10 +44,6 @@ def zero_config(config: ResolvedConfig) -> ZeroConfig:
         max_live_parameters=zero.stage3_max_live_parameters,
         **chosen,
     )
-
-
-def _given(config: ResolvedConfig, path: str) -> bool:
-    return not config.sources.get(path, "default").startswith(("default", "derived"))
 
 
 def _loss_scaling(fp16: Fp16) -> LossScaleConfig:

@@ -1,0 +1,31 @@
+"""The parts of a config that hold for the whole process, not for one engine: log level, communication log,
+checkpointing.
+
+`initialize` calls `apply_settings` once per engine; the last engine that says something about a setting wins, and one
+that says nothing leaves it alone.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from deepspeed.comm import log as comm_log
+from deepspeed.config.resolved import ResolvedConfig
+from deepspeed.runtime.activation_checkpointing import checkpointing
+from deepspeed.utils.logging import set_log_level_from_string
+
+__all__ = ["apply_settings"]
+
+
+def apply_settings(config: ResolvedConfig, mpu: Any = None) -> None:
+    """Put `log_level`, `comms_logger` and `activation_checkpointing` into effect, each only where the config gives it.
+
+    Args:
+        mpu: object with `get_model_parallel_{group,world_size,rank}`, or None.
+    """
+    if config.log_level is not None:
+        set_log_level_from_string(config.log_level)
+    if config.given("comms_logger"):
+        comm_log.configure(config)
+    if config.given("activation_checkpointing"):
+        checkpointing.configure(mpu, config)
