@@ -62,7 +62,7 @@ def test_before_initialisation_always_under_rank_minus_one(monkeypatch: pytest.M
 
 def test_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module.ds_comm, "is_initialized", lambda: False)
-    assert len(logged((log_dist_once, "only once"), (log_dist_once, "only once"))) == 1
+    assert len(logged((log_dist_once, "only once", [0]), (log_dist_once, "only once", [0]))) == 1
 
 
 def test_levels_by_name() -> None:

@@ -49,9 +49,13 @@ def log_dist(message: str, ranks: Sequence[int] | None = None, level: int = logg
         logger.log(level, f"{prefix}{message}", stacklevel=2)
 
 
+def log_dist_once(message: str, ranks: Sequence[int] | None = None, level: int = logging.INFO) -> None:
+    """`log_dist`, but the same message for the same ranks only once in this process."""
+    _log_dist_once(message, None if ranks is None else tuple(ranks), level)
+
+
 @functools.lru_cache(maxsize=1024)
-def log_dist_once(message: str, ranks: tuple[int, ...] | None = None, level: int = logging.INFO) -> None:
-    """`log_dist`, but the same message only once in this process. `ranks` must be hashable: a tuple."""
+def _log_dist_once(message: str, ranks: tuple[int, ...] | None, level: int) -> None:
     log_dist(message, ranks=ranks, level=level)
 
 

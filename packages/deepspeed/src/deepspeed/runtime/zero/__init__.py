@@ -7,15 +7,22 @@ _PARTITION = "deepspeed.runtime.zero.partition_parameters"
 __getattr__, __dir__ = attach(
     __name__,
     {
-        name: f"{_PARTITION}:{name}"
-        for name in (
-            "GatheredParameters",
-            "Init",
-            "ZeroParamStatus",
-            "ZeroParamType",
-            "register_external_parameter",
-            "unregister_external_parameter",
-        )
+        "DeepSpeedZeRoOffload": "deepspeed.runtime.zero.parameter_offload:DeepSpeedZeRoOffload",
+        "GatheredParameters": f"{_PARTITION}:GatheredParameters",
+        "Init": f"{_PARTITION}:Init",
+        "ZeroParamStatus": f"{_PARTITION}:ZeroParamStatus",
+        "ZeroParamType": f"{_PARTITION}:ZeroParamType",
+        "register_external_parameter": f"{_PARTITION}:register_external_parameter",
+        "unregister_external_parameter": f"{_PARTITION}:unregister_external_parameter",
+        "unwrap_model_for_generation": "deepspeed.runtime.zero.generation:unwrap_model_for_generation",
     },
-    ("config", "memory_estimators", "offload_config", "partition_parameters", "stage3", "stage_1_and_2"),
+    (
+        "config",
+        "memory_estimators",
+        "offload_config",
+        "parameter_offload",
+        "partition_parameters",
+        "stage3",
+        "stage_1_and_2",
+    ),
 )

@@ -1,0 +1,5 @@
+"""Upstream's path of what stands for the optimizer when a model is sharded without one (ZeRO-3 inference)."""
+
+from ds_zero import ShardedModel as DeepSpeedZeRoOffload
+
+__all__ = ["DeepSpeedZeRoOffload"]
