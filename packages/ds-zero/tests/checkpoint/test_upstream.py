@@ -98,10 +98,10 @@ def test_masters_and_states(tmp_path: Path, stage: int, dtype: str, size: int) -
 def test_counters_and_client_state(tmp_path: Path, stage: int) -> None:
     _, loaded, _ = load_all(unpack(tmp_path, stage, "bf16"), 1, "bf16")
     assert loaded.extra["upstream"] is True
-    assert loaded.extra["global_steps"] == 3
+    assert loaded.extra["counters"] == {"global_steps": 3, "global_samples": 12, "skipped_steps": 0}
     assert loaded.extra["client_state"] == {"note": "tiny", "numbers": [1, 2, 3]}
     assert [group["lr"] for group in loaded.extra["param_groups"]] == [1e-2, 5e-3]
-    assert loaded.extra["loss_scaler"]["cur_scale"] == 1.0
+    assert loaded.extra["loss_scaler"]["scale"] == 1.0
     assert loaded.rank_extra is None
     assert loaded.world_size == 2
 

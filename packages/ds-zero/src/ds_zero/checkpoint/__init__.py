@@ -13,9 +13,9 @@ from ds_zero.checkpoint.commit import PendingSave, wait_for_pending_saves
 from ds_zero.checkpoint.consolidate import export_safetensors, export_torch, full_state_dict
 from ds_zero.checkpoint.durable import LATEST, committed_tags, read_latest
 from ds_zero.checkpoint.integrity import VerifyReport, verify
-from ds_zero.checkpoint.load import LoadedCheckpoint, load
 from ds_zero.checkpoint.manifest import MANIFEST_NAME, Manifest
 from ds_zero.checkpoint.read import Checkpoint, open_checkpoint
+from ds_zero.checkpoint.restore import LoadedCheckpoint, load, state_keys
 from ds_zero.checkpoint.write import save
 
 __all__ = [
@@ -34,6 +34,7 @@ __all__ = [
     "open_checkpoint",
     "read_latest",
     "save",
+    "state_keys",
     "verify",
     "wait_for_pending_saves",
 ]

@@ -66,8 +66,10 @@ class Commit:
             self._post(f"done_{self.rank:05d}.json", record_to_json(self.record))
         except OSError as error:
             reason = f"rank {self.rank}: {error}"
-            self._post(f"failed_{self.rank:05d}", reason)
-            if self.rank != 0:
+            given_up = (self.temporary / "failed").exists()  # then rank 0 has removed the shards
+            if not given_up:
+                self._post(f"failed_{self.rank:05d}", reason)
+            if self.rank != 0 and not given_up:
                 raise self._error(reason) from error
         if self.rank == 0:
             self._lead()
@@ -100,9 +102,9 @@ class Commit:
             durable.write_durably(self.temporary / MANIFEST_NAME, manifest.to_json())
             for leftover in self.temporary.glob("done_*.json"):
                 leftover.unlink()
-            durable.release(self.temporary)
             durable.fsync_path(self.temporary)
             durable.replace_directory(self.temporary, self.directory / self.tag, self.nonce)
+            durable.release(self.directory / self.tag)
             self._write_script()
             if self.save_latest:
                 durable.write_durably(self.directory / durable.LATEST, self.tag)

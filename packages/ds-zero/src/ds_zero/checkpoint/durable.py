@@ -193,8 +193,9 @@ def claim(temporary: Path) -> None:
     (temporary / _OWNER).write_text(json.dumps(process_identity()), encoding="utf-8")
 
 
-def release(temporary: Path) -> None:
-    (temporary / _OWNER).unlink(missing_ok=True)
+def release(committed: Path) -> None:
+    """Remove the owner's note from a directory that has become a checkpoint."""
+    (committed / _OWNER).unlink(missing_ok=True)
 
 
 def _leftovers(directory: Path) -> Iterator[Path]:
@@ -227,6 +228,8 @@ def _is_dead(temporary: Path) -> bool:
     try:
         host, pid, ticks = json.loads((temporary / _OWNER).read_text(encoding="utf-8"))
     except (OSError, ValueError):
+        if (temporary / MANIFEST_NAME).exists():  # not a save: the content that a committed save has displaced
+            return True
         host, pid, ticks = "", 0, 0
     if host == socket.gethostname():
         return pid == os.getpid() or not is_alive(host, pid, ticks)

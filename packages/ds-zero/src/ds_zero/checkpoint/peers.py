@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from typing import Any, Protocol
 
+import ds_comm
+
 __all__ = ["GroupPeers", "Peers", "SoloPeers", "peers_of"]
 
 
@@ -38,15 +40,11 @@ class GroupPeers:
     """The ranks of a process group (None: all)."""
 
     def __init__(self, group: Any = None) -> None:
-        import ds_comm
-
         self._group = group
         self.rank: int = ds_comm.get_rank(group)
         self.size: int = ds_comm.get_world_size(group)
 
     def all_gather(self, value: Any, *, label: str) -> list[Any]:
-        import ds_comm
-
         gathered: list[Any] = [None] * self.size
         ds_comm.all_gather_object(gathered, value, group=self._group, label=label)
         return gathered
@@ -54,8 +52,6 @@ class GroupPeers:
 
 def peers_of(group: Any = None) -> Peers:
     """The peers of `group`, or a single rank when no process group is initialised."""
-    import ds_comm
-
     if not ds_comm.is_initialized() or ds_comm.get_world_size(group) == 1:
         return SoloPeers()
     return GroupPeers(group)

@@ -34,6 +34,7 @@ __all__ = ["UpstreamCheckpoint", "is_upstream"]
 
 _OPTIM = re.compile(r"(?:bf16_|fp16_)?zero_pp_rank_(\d+)_mp_rank_(\d+)_optim_states\.pt")
 _MODEL = re.compile(r"(?:zero_pp_rank_(\d+)_)?mp_rank_(\d+)_model_states\.pt")
+_COUNTERS = ("global_steps", "global_samples", "skipped_steps")
 _OWN_KEYS = {
     "module", "buffer_names", "optimizer", "param_shapes", "frozen_param_shapes", "shared_params",
     "frozen_param_fragments", "lr_scheduler", "data_sampler", "random_ltd", "sparse_tensor_module_names",
@@ -238,26 +239,34 @@ class UpstreamCheckpoint:
                 progress(want.target.nbytes)
 
     def extra(self) -> dict[str, Any]:
-        """Counters, scheduler, loss scaler, hyper-parameters and client state, as plain values.
+        """What a checkpoint of ours has in `extra`, as far as upstream stores it, and `upstream`: True.
 
-        Keys: `upstream` (True), `global_steps`, `global_samples`, `skipped_steps`, `lr_scheduler`, `loss_scaler`
-        (its attributes), `param_groups` (per group, without parameters), `client_state`.
+        Keys: `counters`, `client_state`, `ds_version`, `zero_stage`, `param_groups` (hyper-parameters per group), and
+        where there is one `lr_scheduler` and `loss_scaler` (ours: scale, iteration, last_overflow, hysteresis_left).
         """
         main = self._main
         optim = self._optims[0] if self._optims else {}
         base = optim.get("base_optimizer_state") or optim.get("optimizer_state_dict") or {}
         groups = base.get("param_groups", []) if isinstance(base, Mapping) else []
-        scaler = optim.get("loss_scaler")
-        return {
+        extra: dict[str, Any] = {
             "upstream": True,
-            "global_steps": main.get("global_steps", 0),
-            "global_samples": main.get("global_samples", 0),
-            "skipped_steps": main.get("skipped_steps", 0),
-            "lr_scheduler": main.get("lr_scheduler"),
-            "loss_scaler": dict(vars(scaler)) if isinstance(scaler, Inert) else None,
-            "param_groups": [{key: value for key, value in group.items() if key != "params"} for group in groups],
+            "counters": {name: int(main.get(name) or 0) for name in _COUNTERS},
             "client_state": {key: value for key, value in main.items() if key not in _OWN_KEYS},
+            "ds_version": str(main.get("ds_version")),
+            "zero_stage": self.zero_stage,
+            "param_groups": [{key: value for key, value in group.items() if key != "params"} for group in groups],
         }
+        if main.get("lr_scheduler") is not None:
+            extra["lr_scheduler"] = main["lr_scheduler"]
+        scaler = optim.get("loss_scaler")
+        if isinstance(scaler, Inert):
+            extra["loss_scaler"] = {
+                "scale": float(getattr(scaler, "cur_scale", 1.0)),
+                "iteration": int(getattr(scaler, "cur_iter", 0)),
+                "last_overflow": int(getattr(scaler, "last_overflow_iter", -1)),
+                "hysteresis_left": int(getattr(scaler, "cur_hysteresis", 1)),
+            }
+        return extra
 
 
 def _as_dict(item: Any, key: str) -> dict[str, Any]:
