@@ -192,12 +192,18 @@ def gather(
     if comm.rank == target:
         _check_count(gather_list or [], comm, "gather", "gather_list")
     entry = comm.enter("gather", tensor.dtype, tensor.numel() * comm.size, label)
-    if comm.size == 1:
-        _copy_all(gather_list or [], [tensor])
-        return DONE if async_op else None
-    return comm.delegate(
-        entry, lambda **kw: dist.gather(tensor, gather_list, group_dst=target, group=comm.group, **kw), async_op
-    )
+    if not comm.serves(tensor):
+        return comm.delegate(
+            entry, lambda **kw: dist.gather(tensor, gather_list, group_dst=target, group=comm.group, **kw), async_op
+        )
+    source = tensor.detach().contiguous().view(-1)
+    here = source.numel() if comm.rank == target else 0
+    out = source.new_empty(here * comm.size)
+    in_splits = [source.numel() if rank == target else 0 for rank in range(comm.size)]
+    with comm.ledger.timed(entry):
+        comm.transport.all_to_all(out, source, [here] * comm.size, in_splits, entry)
+    _copy_parts(gather_list if gather_list and comm.rank == target else [], out)
+    return DONE if async_op else None
 
 
 def scatter(
@@ -218,12 +224,19 @@ def scatter(
     if comm.rank == source:
         _check_count(scatter_list or [], comm, "scatter", "scatter_list")
     entry = comm.enter("scatter", tensor.dtype, tensor.numel() * comm.size, label)
-    if comm.size == 1:
-        tensor.detach().copy_((scatter_list or [tensor])[0])
-        return DONE if async_op else None
-    return comm.delegate(
-        entry, lambda **kw: dist.scatter(tensor, scatter_list, group_src=source, group=comm.group, **kw), async_op
-    )
+    if not comm.serves(tensor):
+        return comm.delegate(
+            entry, lambda **kw: dist.scatter(tensor, scatter_list, group_src=source, group=comm.group, **kw), async_op
+        )
+    parts = [part.detach().reshape(-1) for part in (scatter_list or [] if comm.rank == source else [])]
+    inp = torch.cat(parts) if parts else tensor.new_empty(0)
+    out = torch.empty(tensor.numel(), dtype=tensor.dtype)
+    in_splits = [part.numel() for part in parts] or [0] * comm.size
+    out_splits = [tensor.numel() if rank == source else 0 for rank in range(comm.size)]
+    with comm.ledger.timed(entry):
+        comm.transport.all_to_all(out, inp, out_splits, in_splits, entry)
+    tensor.detach().copy_(out.view(tensor.shape))
+    return DONE if async_op else None
 
 
 def all_reduce_coalesced(
@@ -365,13 +378,10 @@ def _then(work: Work | None, then: Callable[[], None], async_op: bool) -> Work |
 
 def _copy_parts(targets: Sequence[Tensor], flat: Tensor) -> None:
     """Fill the targets, one after the other, from a flat tensor."""
-    parts = flat.split([target.numel() for target in targets])
-    _copy_all(targets, [part.view(target.shape) for part, target in zip(parts, targets, strict=True)])
-
-
-def _copy_all(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
-    for target, source in zip(targets, sources, strict=True):
-        target.detach().copy_(source)
+    start = 0
+    for target in targets:
+        target.detach().copy_(flat[start : start + target.numel()].view(target.shape))
+        start += target.numel()
 
 
 def _check_count(tensors: Sequence[Tensor], comm: Communicator, op: str, name: str) -> None:

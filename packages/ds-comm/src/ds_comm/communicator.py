@@ -78,7 +78,7 @@ class Communicator:
     ) -> Work | None:
         """In place. Floating CPU tensors are added in rank order with fp32 accumulation."""
         entry = self.enter(_named("all_reduce", op), tensor.dtype, tensor.numel(), label)
-        if self._serves(tensor, reduces=True):
+        if self.serves(tensor, reduces=True):
             return self._flat(entry, tensor, lambda flat: self.transport.all_reduce(flat, red_op(op), entry), async_op)
         return self.delegate(entry, lambda **kw: dist.all_reduce(tensor, op, group=self.group, **kw), async_op)
 
@@ -86,7 +86,7 @@ class Communicator:
         """In place, from group rank ``src``."""
         self._check_rank(src, "broadcast")
         entry = self.enter("broadcast", tensor.dtype, tensor.numel(), label)
-        if self._serves(tensor):
+        if self.serves(tensor):
             return self._flat(entry, tensor, lambda flat: self.transport.broadcast(flat, src, entry), async_op)
         group = self.group
         return self.delegate(entry, lambda **kw: dist.broadcast(tensor, group_src=src, group=group, **kw), async_op)
@@ -97,7 +97,7 @@ class Communicator:
         """out: ``size`` times the elements of inp, in rank order."""
         self._check_sizes("all_gather", out, inp, out.numel(), inp.numel() * self.size)
         entry = self.enter("all_gather", out.dtype, out.numel(), label)
-        if self._serves(inp):
+        if self.serves(inp):
             source = inp.detach().contiguous().view(-1)
             return self._flat(entry, out, lambda flat: self.transport.all_gather(flat, source, entry), async_op)
         return self.delegate(entry, lambda **kw: all_gather_single(out, inp, group=self.group, **kw), async_op)
@@ -114,7 +114,7 @@ class Communicator:
         """inp: ``size`` times the elements of out, which becomes the reduction of this rank's part of every inp."""
         self._check_sizes("reduce_scatter", out, inp, inp.numel(), out.numel() * self.size)
         entry = self.enter(_named("reduce_scatter", op), inp.dtype, inp.numel(), label)
-        if self._serves(inp, reduces=True):
+        if self.serves(inp, reduces=True):
             source = inp.detach().contiguous().view(-1)
             kind = red_op(op)
             return self._flat(
@@ -135,7 +135,7 @@ class Communicator:
         """Splits count rows of dimension 0; None splits evenly."""
         even = out_splits is None and in_splits is None
         entry = self.enter("all_to_all", inp.dtype, inp.numel() if even else 0, label)
-        if self._serves(inp):
+        if self.serves(inp):
             outs, ins = self._splits(out, out_splits), self._splits(inp, in_splits)
             source = inp.detach().contiguous().view(-1)
             return self._flat(
@@ -207,7 +207,8 @@ class Communicator:
             return torch.device(device)
         return device_of(self.group) if self.kind in ("torch", "local") else torch.device("cpu")
 
-    def _serves(self, tensor: Tensor, *, reduces: bool = False) -> bool:
+    def serves(self, tensor: Tensor, *, reduces: bool = False) -> bool:
+        """Whether this group's transport moves (or reduces) the tensor; if not, torch.distributed does."""
         return (
             tensor.layout == torch.strided
             and not tensor.is_quantized

@@ -25,6 +25,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import NoReturn
 
 from ds_comm.errors import CommError, DivergenceError, RankMissingError
 from ds_comm.ledger import STAMP_TEXT_NBYTES, describe_stamp
@@ -257,6 +258,15 @@ class Control:
         others = [r for r in range(self.size) if r not in pending]
         calls = "; ".join(self._last_call(r) for r in [*pending, *others])
         self.fail(RankMissingError(f"{patience.what}: {fate}. {calls}"))
+
+    def explain(self, error: RuntimeError, what: str) -> NoReturn:
+        """Raise what lies behind a failed torch operation: a peer's death where one is found within a second."""
+        patience = Patience(self._watchdog, what)
+        while patience.waited < 1.0:
+            self._raise_failures()
+            self._check_peers(lambda: list(self._peers), patience)
+            time.sleep(_PEER_CHECK_SECONDS)
+        raise CommError(f"{what} failed on rank {self._global(self.rank)}: {error}") from error
 
     # ---- failing
 

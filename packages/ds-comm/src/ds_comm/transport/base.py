@@ -292,6 +292,10 @@ class Transport(ABC):
         """Wait for a torch work, watching the peers where the transport can."""
         work.wait()
 
+    def block_message(self, work: dist.Work, entry: Entry) -> None:
+        """Wait for a message between two ranks: gloo's tell that they are completed only in their own ``wait``."""
+        work.wait()
+
     @abstractmethod
     def exchange(self, payload: bytes, entry: Entry) -> list[bytes]:
         """Every rank's payload (short: some kilobytes), in rank order."""

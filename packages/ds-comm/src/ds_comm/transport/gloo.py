@@ -25,8 +25,9 @@ _SMALL_NBYTES = 32768
 
 
 def as_bytes(tensor: Tensor) -> Tensor:
-    """The memory of a contiguous tensor as uint8."""
-    return tensor.view(torch.uint8) if tensor.dtype != torch.uint8 else tensor
+    """The memory of a flat contiguous tensor as uint8."""
+    # a single element may carry any stride, which ``view`` to another size refuses
+    return tensor.as_strided((tensor.numel(),), (1,)).view(torch.uint8)
 
 
 class GlooTransport(TorchTransport):
@@ -80,7 +81,7 @@ class GlooTransport(TorchTransport):
         works, parts = [], []
         for start in range(0, width, bucket_width):
             where = slice(start, min(start + bucket_width, width))
-            source = local if bucket_width >= width else table[:, where].reshape(-1)
+            source = local if bucket_width >= width else table[:, where].contiguous().view(-1)
             rows = torch.empty_like(source)
             works.append(dist.all_to_all_single(as_bytes(rows), as_bytes(source), group=self.group, async_op=True))
             parts.append((rows.view(self.size, -1), where))

@@ -68,6 +68,12 @@ class ShmTransport(Transport):
         self.control.await_condition(work.is_completed, entry.describe, limit)
         work.wait()
 
+    def block_message(self, work: dist.Work, entry: Entry) -> None:
+        try:
+            work.wait()
+        except RuntimeError as error:
+            self.control.explain(error, entry.describe())
+
     def exchange(self, payload: bytes, entry: Entry) -> list[bytes]:
         return self.control.exchange(payload, entry.describe())
 

@@ -50,6 +50,12 @@ class TorchTransport(Transport):
         else:
             work.wait()
 
+    def block_message(self, work: dist.Work, entry: Entry) -> None:
+        if self._observer is not None:
+            self._observer.block(work, entry.describe(), polls=False)
+        else:
+            work.wait()
+
     def run(self, start: Callable[..., Any], entry: Entry) -> None:
         """Start a torch collective and wait for it, watching the peers."""
         work = start(async_op=True)
@@ -126,7 +132,7 @@ class TorchTransport(Transport):
         works, parts = [], []
         for start in range(0, width, bucket_width):
             where = slice(start, min(start + bucket_width, width))
-            source = local if bucket_width >= width else table[:, where].reshape(-1)
+            source = local if bucket_width >= width else table[:, where].contiguous().view(-1)
             total = self._empty(where.stop - where.start, local)
             works.append(reduce_scatter_single(total, source, group=self.group, async_op=True))
             parts.append((total, where))
