@@ -6,8 +6,12 @@ its value, the fp32 result only if the sum falls that close to a rounding bounda
 
 from __future__ import annotations
 
+import functools
+import importlib
+import importlib.util
 import math
 from collections.abc import Sequence
+from types import ModuleType
 
 import torch
 from torch import Tensor
@@ -23,10 +27,24 @@ CHUNK_NUMEL = 1 << 16
 NO_CULPRIT = 1 << 62
 
 
+@functools.cache
+def _compiled() -> ModuleType | None:
+    """The numba kernels, None without numba (extra `ds-zero[cpu]`)."""
+    if importlib.util.find_spec("numba") is None:
+        return None
+    return importlib.import_module("ds_zero._norm_numba")
+
+
 def sum_of_squares(values: Tensor) -> Tensor:
-    """fp64 sum of squares of a 1-D tensor, as a 0-d tensor on its device."""
+    """fp64 sum of squares of a 1-D contiguous tensor, as a 0-d tensor on its device."""
     if values.device.type != "cpu":
         return torch.linalg.vector_norm(values, dtype=torch.float64).square()
+    compiled = _compiled()
+    if compiled is not None and values.dtype == torch.float32:
+        return torch.tensor(compiled.sum_of_squares_fp32(values.numpy()), dtype=torch.float64)
+    if compiled is not None and values.dtype == torch.bfloat16:
+        bits = values.view(torch.int16).numpy().view("uint16")
+        return torch.tensor(compiled.sum_of_squares_bf16(bits), dtype=torch.float64)
     total = torch.zeros((), dtype=torch.float64)
     scratch = torch.empty(min(CHUNK_NUMEL, values.numel()), dtype=torch.float64)
     for part in values.split(CHUNK_NUMEL):
