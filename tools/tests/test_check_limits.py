@@ -44,6 +44,7 @@ def test_tests_have_no_limit(write: Write, tmp_path: Path) -> None:
 def test_an_example_is_short(write: Write, tmp_path: Path) -> None:
     write("examples/a.py", "x = 1\n" * 101)
     write("examples/finetune_smollm2.py", "x = 1\n" * 101)
+    write("examples/finetune/report.py", "x = 1\n" * 101)
     assert findings(tmp_path) == ["examples/a.py:1: the file has 101 lines, the limit is 100"]
 
 
