@@ -61,8 +61,8 @@ class InnerOptimizer:
     def __init__(self, optimizer: Optimizer, units: Sequence[Unit], sub_group_size: int) -> None:
         if optimizer.state:
             raise LayoutError(
-                f"{type(optimizer).__name__} already holds state of {len(optimizer.state)} parameters; shard the model before"
-                " the first step, and load a checkpoint afterwards"
+                f"{type(optimizer).__name__} already holds state of {len(optimizer.state)} parameters; shard the model"
+                " before the first step, and load a checkpoint afterwards"
             )
         self.optimizer = optimizer
         self.sub_group_size = sub_group_size

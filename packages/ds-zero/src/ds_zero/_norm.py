@@ -38,7 +38,8 @@ def _compiled() -> ModuleType | None:
 def sum_of_squares(values: Tensor) -> Tensor:
     """fp64 sum of squares of a 1-D contiguous tensor, as a 0-d tensor on its device."""
     if values.device.type != "cpu":
-        return torch.linalg.vector_norm(values, dtype=torch.float64).square()
+        root: Tensor = torch.linalg.vector_norm(values, dtype=torch.float64)
+        return root.square()
     compiled = _compiled()
     if compiled is not None and values.dtype == torch.float32:
         return torch.tensor(compiled.sum_of_squares_fp32(values.numpy()), dtype=torch.float64)

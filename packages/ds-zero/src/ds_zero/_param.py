@@ -192,8 +192,8 @@ class ReleasedParameter(ZeroParameter):
                 record = target._zero_record
                 if not record.write_through():
                     raise ZeroStateError(
-                        f"{func.__name__} on a sharded parameter of shape {tuple(record.shape)} whose values are not here;"
-                        " wrap the code in zero.GatheredParameters(params, modifier_rank=0)"
+                        f"{func.__name__} on a sharded parameter of shape {tuple(record.shape)} whose values are not"
+                        " here; wrap the code in zero.GatheredParameters(params, modifier_rank=0)"
                     )
                 hold(target)
                 try:
@@ -255,7 +255,8 @@ def let_go(parameter: Tensor, *, keep: bool, source: int | None = None) -> None:
     if keep:
         if parameter.data.numel() != record.shape.numel():
             raise ZeroStateError(
-                f"a gathered parameter of shape {tuple(record.shape)} was left with shape {tuple(parameter.shape)}; keep its shape"
+                f"a gathered parameter of shape {tuple(record.shape)} was left with shape"
+                f" {tuple(parameter.shape)}; keep its shape"
             )
         value = parameter.data.detach().reshape(-1).contiguous()
         if source is not None:

@@ -6,8 +6,8 @@ all units before it in the plan have been launched; what is left when the micro-
 zeros for missing gradients. So the set and order of collectives depends on the plan alone, never on hooks that fire.
 
 Windows
-    stage 1       one window per unit, for good: it is the full gradient buffer of the memory law, slower ranks may lag a
-                  whole backward behind, and the reduced gradient is written back into its own range (nobody else's)
+    stage 1       one window per unit, for good: it is the full gradient buffer of the memory law, slower ranks may lag
+                  a whole backward behind, and the reduced gradient is written back into its own range (nobody else's)
     other stages  two windows per size, reused round robin by position among the units of that size in the plan
 Sums over ranks are in rank order with fp32 accumulation, and each micro-batch is added to the fp32 accumulator in
 order: one rank that accumulates N micro-batches gives the same bits as N ranks with one each.
@@ -46,7 +46,7 @@ class _Pending:
         self.work = work
 
 
-class _KeepShard:
+class _KeepShard(Work):
     """An all-reduce of which only the own shard is kept (`reduce_scatter: false`)."""
 
     def __init__(self, work: Work, mine: Tensor, out: Tensor, accumulate: bool) -> None:
@@ -171,8 +171,8 @@ class GradientReducer:
         ]
         if unused:
             raise ZeroStateError(
-                f"{len(unused)} trainable parameters got no gradient, first {unused[:5]}; ignore_unused_parameters is False:"
-                " use them in the loss, freeze them, or allow it"
+                f"{len(unused)} trainable parameters got no gradient, first {unused[:5]}; ignore_unused_parameters is"
+                " False: use them in the loss, freeze them, or allow it"
             )
 
     def _launch(self, unit: Unit) -> None:
@@ -191,7 +191,7 @@ class GradientReducer:
             self.drain()
 
     def _promote(self, unit: Unit) -> None:
-        """A further gradient for a unit that holds a mean: back to an fp32 sum (outside the window, if it lay there)."""
+        """A further gradient for a unit that holds a mean: back to an fp32 sum, outside the window."""
         assert unit.grad is not None
         unit.grad = unit.grad.to(torch.float32, copy=True).div_(self.scale)
         unit.grad_kind = GradKind.SUM

@@ -212,7 +212,8 @@ class Unit:
                 continue
             if grad.shape != torch.Size(slot.shape):
                 raise ZeroStateError(
-                    f"gradient of {slot.name!r} has shape {tuple(grad.shape)}, expected {slot.shape}; was .grad assigned by hand?"
+                    f"gradient of {slot.name!r} has shape {tuple(grad.shape)}, expected {slot.shape};"
+                    " was .grad assigned by hand?"
                 )
             target.view(slot.shape).copy_(grad.to_dense() if grad.is_sparse else grad)
             parameter.grad = None

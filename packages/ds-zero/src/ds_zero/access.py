@@ -263,7 +263,7 @@ def set_z3_leaf_modules(
     if not found and raise_if_not_found:
         raise ValueError(f"no module of the classes {kinds} in {type(model).__name__}; check the class names")
     for module in found:
-        module._z3_leaf = True
+        module.__dict__["_z3_leaf"] = True
     return found
 
 
@@ -272,7 +272,7 @@ def unset_z3_leaf_modules(model: nn.Module, leaf_module_classes: Iterable[type[n
     kinds = list(leaf_module_classes)
     found = [module for module in model.modules() if _matches(module, kinds) and z3_leaf_module(module)]
     for module in found:
-        module._z3_leaf = False
+        module.__dict__["_z3_leaf"] = False
     return found
 
 

@@ -53,7 +53,7 @@ class ZeroConfig(BaseModel):
     gradient_clipping: float = Field(default=0.0, ge=0)
     """Largest global L2 norm; 0 leaves gradients alone."""
     skip_nonfinite: bool | None = None
-    """A step with inf/NaN gradients is skipped (True) or raises (False). None: skip for 16-bit models, raise for fp32."""
+    """A step with inf/NaN gradients is skipped (True) or raises (False). None: skip if 16-bit, raise if fp32."""
     check_nonfinite: bool = True
     """False applies gradients without looking (bf16 and fp32 only)."""
     loss_scaling: LossScaleConfig = LossScaleConfig()

@@ -136,7 +136,7 @@ class Init:
             self._wrap(cls)
         original = nn.Module.__dict__.get("__init_subclass__")
 
-        def init_subclass(cls: type[nn.Module], **kwargs: Any) -> None:
+        def init_subclass(cls: type[nn.Module], /, **kwargs: Any) -> None:
             super(nn.Module, cls).__init_subclass__(**kwargs)
             self._wrap(cls)
 
@@ -169,7 +169,7 @@ class Init:
             if outermost:
                 _active[-1]._convert(module)
 
-        cls.__init__ = constructor  # type: ignore[method-assign]
+        setattr(cls, "__init__", constructor)  # noqa: B010  # a method is not assigned to, for a type checker
         self._undo.append(functools.partial(setattr, cls, "__init__", plain))
 
     # -- conversion --------------------------------------------------------------------------------------------
@@ -252,8 +252,8 @@ class GatheredParameters:
         self._held.clear()
         if lost and error is None:
             raise ZeroStateError(
-                f"parameters of shapes {lost[:5]} were written inside GatheredParameters(modifier_rank=None), which keeps"
-                " nothing; pass modifier_rank=0 and write on that rank"
+                f"parameters of shapes {lost[:5]} were written inside GatheredParameters(modifier_rank=None), which"
+                " keeps nothing; pass modifier_rank=0 and write on that rank"
             )
 
 

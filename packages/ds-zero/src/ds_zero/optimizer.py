@@ -97,8 +97,8 @@ class ZeroOptimizer(Optimizer):
         def arrived(parameter: Tensor) -> None:
             if self.loss_scale != 1.0 and not self._loss_is_scaled:
                 raise ZeroStateError(
-                    f"backward() of an unscaled loss, but this fp16 model trains with loss scale {self.loss_scale:g}; call"
-                    " optimizer.backward(loss), or optimizer.scale(loss).backward()"
+                    f"backward() of an unscaled loss, but this fp16 model trains with loss scale {self.loss_scale:g};"
+                    " call optimizer.backward(loss), or optimizer.scale(loss).backward()"
                 )
             if self._sync:
                 self.reducer.arrived(unit, index)
@@ -132,7 +132,7 @@ class ZeroOptimizer(Optimizer):
                 f" {self.reducer.divisor}; use one value for all micro-batches of a step"
             )
         self.reducer.divisor = divisor
-        self.scale(loss).backward(retain_graph=retain_graph)  # type: ignore[no-untyped-call]
+        self.scale(loss).backward(retain_graph=retain_graph)
         self.end_backward()
 
     def scale(self, loss: Tensor) -> Tensor:
@@ -155,7 +155,7 @@ class ZeroOptimizer(Optimizer):
 
     @contextlib.contextmanager
     def no_sync(self) -> Iterator[None]:
-        """Backwards inside keep their gradients on this rank (4 bytes per parameter); the next one outside reduces all."""
+        """Backwards inside keep their gradients on this rank (4 bytes per element); the next outside reduces all."""
         if not self._sync:
             raise ZeroStateError("no_sync is entered inside no_sync; leave the outer one first")
         self.end_backward()
@@ -303,7 +303,7 @@ class ZeroOptimizer(Optimizer):
         self.sharded.settle()
         self.reducer.clear()
 
-    def state_dict(self) -> dict[str, Any]:  # type: ignore[override]
+    def state_dict(self) -> dict[str, Any]:
         """This rank's part of the state (masters, optimizer state, scaler); checkpoints use `export_state` instead."""
         return {
             "zero_stage": self.zero_stage,
@@ -320,8 +320,8 @@ class ZeroOptimizer(Optimizer):
         flats = state_dict["fp32_flat_groups"]
         if len(flats) != len(self.inner.segments):
             raise ZeroStateError(
-                f"state of {len(flats)} segments does not fit this rank's {len(self.inner.segments)}; it was taken at another"
-                " layout: use a checkpoint, which loads at any"
+                f"state of {len(flats)} segments does not fit this rank's {len(self.inner.segments)}; it was taken at"
+                " another layout: use a checkpoint, which loads at any"
             )
         self.optimizer.load_state_dict(state_dict["optimizer_state_dict"])
         for segment, flat in zip(self.inner.segments, flats, strict=True):

@@ -59,8 +59,8 @@ class LossScaler:
         if self.scale <= self.config.min_loss_scale:
             raise NonFiniteGradientError(
                 f"loss scale is already at minimum ({self.config.min_loss_scale:g}) and the gradients still overflow"
-                f"{culprit and ' in ' + culprit}; the loss itself is inf or NaN: lower the learning rate, check the data,"
-                " or train in bf16"
+                f"{culprit and ' in ' + culprit}; the loss itself is inf or NaN: lower the learning rate, check the"
+                " data, or train in bf16"
             )
         self.scale = max(self.scale / 2, self.config.min_loss_scale)
 

@@ -93,6 +93,6 @@ def _check_known(model: nn.Module, optimizer: Optimizer | None, groups: dict[nn.
     strange = [tuple(p.shape) for p in groups if p not in known]
     if strange:
         raise LayoutError(
-            f"{len(strange)} parameters of {type(optimizer).__name__} are not in the model, first of shape {strange[0]};"
-            " build the optimizer from this model's parameters()"
+            f"{len(strange)} parameters of {type(optimizer).__name__} are not in the model, first of shape"
+            f" {strange[0]}; build the optimizer from this model's parameters()"
         )

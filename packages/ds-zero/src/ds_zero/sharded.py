@@ -160,7 +160,7 @@ class ShardedModel:
             return
         digest = xxhash.xxh3_64()
         for tensor in tensors:
-            digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+            digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
         mine = torch.tensor([digest.intdigest() >> 2], dtype=torch.int64, device=tensors[0].device)
         first = mine.clone()
         self.comm.broadcast(first, 0, label="hash of the initial values")
@@ -229,7 +229,7 @@ class ShardedModel:
             self.hooks.end_micro_batch()
 
     def parameter_segments(self, *, shard_only: bool = True) -> list[StateSegment]:
-        """Parameters that no optimizer updates: the own elements (what a checkpoint saves), or all that this rank holds."""
+        """Parameters that no optimizer updates: the own elements (what a checkpoint saves), or all this rank holds."""
         segments = []
         for unit in self.units:
             if unit.master is not None:
