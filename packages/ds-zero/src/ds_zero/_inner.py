@@ -24,6 +24,7 @@ from torch.optim import Adam, AdamW, Optimizer
 
 from ds_zero._unit import Unit
 from ds_zero.errors import LayoutError
+from ds_zero.state import MASTER, StateSegment
 
 __all__ = ["InnerOptimizer", "MasterSegment"]
 
@@ -154,6 +155,41 @@ class InnerOptimizer:
             self._scratch = torch.empty(grad.numel(), dtype=torch.float32, device=grad.device)
         scaled = self._scratch[: grad.numel()].copy_(grad)
         return scaled if coefficient == 1.0 else scaled.mul_(coefficient)
+
+    # -- state ---------------------------------------------------------------------------------------------------
+
+    def allocate_all(self, keys: dict[str, torch.dtype]) -> None:
+        """Create the state of every segment that a load will fill: what Adam has, and the named tensors."""
+        for segment in self.segments:
+            if self.fused:
+                self.allocate(segment)
+            for key, dtype in keys.items():
+                state = self.optimizer.state[segment.parameter]
+                if key not in state:
+                    state[key] = torch.zeros_like(segment.parameter, dtype=dtype)
+
+    def state_segments(self, *, shard_only: bool) -> list[StateSegment]:
+        """Masters and optimizer state as checkpoints see them: of the own shard, or of all that this rank holds."""
+        found = []
+        for segment in self.segments:
+            unit = segment.unit
+            first = unit.start + segment.offset
+            start, stop = first, first + segment.numel
+            if shard_only:
+                low, high = unit.layout.shard_range(unit.comm.rank)
+                start, stop = max(start, low), min(stop, high)
+            if start >= stop:
+                continue
+            part = slice(start - first, stop - first)
+            tensors = {MASTER: segment.parameter.data[part]}
+            scalars = {}
+            for key, value in self.optimizer.state.get(segment.parameter, {}).items():
+                if isinstance(value, Tensor) and value.shape == segment.parameter.shape:
+                    tensors[key] = value[part]
+                elif isinstance(value, Tensor) or isinstance(value, (int, float)):
+                    scalars[key] = float(value)
+            found.append(StateSegment(unit.layout, segment.group, start, stop - start, tensors, scalars))
+        return found
 
     # -- generic -------------------------------------------------------------------------------------------------
 

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from ds_zero._inner import InnerOptimizer, MasterSegment
+from ds_zero._inner import InnerOptimizer
 from ds_zero._norm import first_nonfinite, global_norm
 from ds_zero._reduce import GradientReducer
 from ds_zero._unit import GradKind, Unit
@@ -28,7 +28,7 @@ from ds_zero.errors import NonFiniteGradientError, ZeroStateError
 from ds_zero.layout import ShardMap
 from ds_zero.precision import LossScaler
 from ds_zero.sharded import ShardedModel
-from ds_zero.state import MASTER, StateSegment
+from ds_zero.state import StateSegment
 
 __all__ = ["ZeroOptimizer"]
 
@@ -252,42 +252,12 @@ class ZeroOptimizer(Optimizer):
 
     def export_state(self) -> list[StateSegment]:
         """What this rank saves: over all ranks every element once. Tensors alias the live state."""
-        return [*self._segments(shard_only=True), *self.sharded.parameter_segments()]
+        return [*self.inner.state_segments(shard_only=True), *self.sharded.parameter_segments()]
 
     def import_targets(self, keys: dict[str, torch.dtype] | None = None) -> list[StateSegment]:
         """Writable segments of everything this rank needs; `keys` are optimizer states to allocate (name -> dtype)."""
-        for segment in self.inner.segments:
-            if self.inner.fused:
-                self.inner.allocate(segment)
-            for key, dtype in (keys or {}).items():
-                state = self.optimizer.state[segment.parameter]
-                if key not in state:
-                    state[key] = torch.zeros_like(segment.parameter, dtype=dtype)
-        return [*self._segments(shard_only=False), *self.sharded.parameter_segments(shard_only=False)]
-
-    def _segments(self, *, shard_only: bool) -> Iterator[StateSegment]:
-        for segment in self.inner.segments:
-            unit = segment.unit
-            start = unit.start + segment.offset
-            stop = start + segment.numel
-            if shard_only:
-                low, high = unit.layout.shard_range(self.comm.rank)
-                start, stop = max(start, low), min(stop, high)
-            if start < stop:
-                yield self._segment_state(segment, start, stop)
-
-    def _segment_state(self, segment: MasterSegment, start: int, stop: int) -> StateSegment:
-        part = slice(start - segment.unit.start - segment.offset, stop - segment.unit.start - segment.offset)
-        tensors = {MASTER: segment.parameter.data[part]}
-        scalars = {}
-        for key, value in self.optimizer.state.get(segment.parameter, {}).items():
-            if isinstance(value, Tensor) and value.numel() == segment.numel and value.dim() == 1:
-                tensors[key] = value[part]
-            elif isinstance(value, Tensor):
-                scalars[key] = float(value)
-            elif isinstance(value, (int, float)):
-                scalars[key] = value
-        return StateSegment(segment.unit.layout, segment.group, start, stop - start, tensors, scalars)
+        self.inner.allocate_all(keys or {})
+        return [*self.inner.state_segments(shard_only=False), *self.sharded.parameter_segments(shard_only=False)]
 
     @torch.no_grad()
     def finish_import(self, targets: Sequence[StateSegment] = ()) -> None:
