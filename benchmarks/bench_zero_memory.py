@@ -30,13 +30,15 @@ def main() -> None:
     parser = _common.options(__doc__)
     parser.add_argument("--model", choices=models.MODELS)
     parser.add_argument("--dtype", choices=tuple(models.DTYPES))
+    parser.add_argument("--stage", type=int, choices=range(4), help="engines at this stage only")
     options = parser.parse_args()
     cases = CASES[:1] if options.quick else CASES
     with Bench("zero_memory", options) as bench:
         for model, dtype in cases:
             if options.model in (None, model) and options.dtype in (None, dtype):
                 for contender in bench.chosen(contenders(model, dtype, options.quick)):
-                    measure(bench, contender)
+                    if options.stage is None or contender.stage in (None, options.stage):
+                        measure(bench, contender)
 
 
 def measure(bench: Bench, contender: Contender) -> None:

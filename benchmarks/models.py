@@ -136,6 +136,7 @@ def from_config(name: str, folder: Path, dtype: str) -> nn.Module:
         from transformers import AutoConfig, AutoModelForCausalLM
 
         config = AutoConfig.from_pretrained(folder / name)
+        config.pad_token_id = None  # transformers would zero its row of the embedding, which `zero.Init` has sharded
         model: nn.Module = AutoModelForCausalLM.from_config(config, dtype=DTYPES[dtype])
         return model
     finally:

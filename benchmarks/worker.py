@@ -46,7 +46,8 @@ class Rank:
 
             self.deepspeed_version = deepspeed.__version__
         if spec["model"] == "smollm2":
-            import transformers  # noqa: F401
+            # Its lazy imports must be over before upstream's `zero.Init` replaces parts of torch.
+            from transformers import AutoModelForCausalLM, LlamaForCausalLM  # noqa: F401
         import contenders
         import models
 
