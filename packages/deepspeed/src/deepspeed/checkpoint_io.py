@@ -11,7 +11,7 @@ import os
 import random
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -21,13 +21,12 @@ from torch import Tensor, nn
 import ds_comm
 import ds_zero
 from deepspeed.__about__ import __version__
+from deepspeed.events import CallbackList, EngineView
 from deepspeed.utils.logging import logger
 from ds_zero import checkpoint as store
 
-if TYPE_CHECKING:
-    from deepspeed.engine import DeepSpeedEngine
-
 __all__ = [
+    "EngineState",
     "consolidated_state_dict",
     "load",
     "load_module",
@@ -38,15 +37,37 @@ __all__ = [
 ]
 
 COUNTERS = ("global_steps", "global_samples", "micro_steps", "skipped_steps")
+IMPLEMENTATION = {"capturable", "differentiable", "foreach", "fused"}
+"""Settings of a param group that say how, not what: they stay as the live optimizer has them."""
+
+Tag = str | int | os.PathLike[str] | None
+
+
+class EngineState(EngineView, Protocol):
+    """The part of an engine that a checkpoint holds. `pending_save` is the save that is not durable yet."""
+
+    module: nn.Module
+    sharded: ds_zero.ShardedModel
+    lr_scheduler: Any
+    training_dataloader: Any
+    data_parallel_group: Any
+    callbacks: CallbackList
+    pending_save: Any
+
+    def zero_optimization_stage(self) -> int: ...
+
+    def zero_gather_16bit_weights_on_model_save(self) -> bool: ...
+
+    def zero_load_from_fp32_weights(self) -> bool: ...
 
 
 # -- save ---------------------------------------------------------------------------------------------------------
 
 
 def save(
-    engine: DeepSpeedEngine,
+    engine: EngineState,
     directory: str | os.PathLike[str],
-    tag: str | None,
+    tag: Tag,
     client_state: dict[str, Any],
     save_latest: bool,
     exclude_frozen: bool,
@@ -70,19 +91,19 @@ def save(
         save_latest=save_latest,
         exclude_frozen=exclude_frozen,
     )
-    engine.__dict__["_pending_save"] = pending
+    engine.pending_save = pending
     engine.callbacks.on_save(engine, str(directory), tag)
     return True
 
 
-def wait(engine: DeepSpeedEngine) -> None:
+def wait(engine: EngineState) -> None:
     """Wait for the engine's last save."""
-    pending = engine.__dict__.pop("_pending_save", None)
+    pending, engine.pending_save = engine.pending_save, None
     if pending is not None:
         pending.wait()
 
 
-def _extra(engine: DeepSpeedEngine, client_state: dict[str, Any]) -> dict[str, Any]:
+def _extra(engine: EngineState, client_state: dict[str, Any]) -> dict[str, Any]:
     optimizer = engine.optimizer
     extra: dict[str, Any] = {
         "client_state": client_state,
@@ -104,9 +125,9 @@ def _extra(engine: DeepSpeedEngine, client_state: dict[str, Any]) -> dict[str, A
 
 
 def _plain(value: Any) -> Any:
-    """Nested containers with tuples as lists; what is neither JSON nor a tensor (functions of LambdaLR) is left out."""
+    """The same without functions (those of torch's schedulers), which cannot be stored; loading keeps the live ones."""
     if isinstance(value, dict):
-        return {str(key): _plain(item) for key, item in value.items() if not callable(item)}
+        return {key: _plain(item) for key, item in value.items() if not callable(item)}
     if isinstance(value, (list, tuple)):
         return [_plain(item) for item in value if not callable(item)]
     return value
@@ -157,60 +178,85 @@ def _set_rng_state(state: dict[str, Any]) -> None:
 
 
 def load(
-    engine: DeepSpeedEngine,
+    engine: EngineState,
     directory: str | os.PathLike[str],
-    tag: str | None,
+    tag: Tag,
     *,
     strict: bool,
     optimizer_states: bool,
     scheduler_states: bool,
     module_only: bool,
     custom_load_fn: Callable[..., Any] | None,
+    allow_pickle: bool | None,
 ) -> tuple[str | None, dict[str, Any] | None]:
     """See DeepSpeedEngine.load_checkpoint."""
-    wait(engine)
+    tag = None if tag is None else str(tag)
     optimizer = engine.optimizer
     training = isinstance(optimizer, ds_zero.ZeroOptimizer)
-    targets = optimizer.import_targets() if training else engine.sharded.parameter_segments(shard_only=False)
+    targets = (
+        optimizer.import_targets(_state_keys(engine, directory, tag, allow_pickle) if optimizer_states else {})
+        if training
+        else engine.sharded.parameter_segments(shard_only=False)
+    )
     loaded = store.load(
         directory,
         targets,
         shard_map=engine.sharded.shard_map,
         tag=tag,
         group=engine.data_parallel_group,
-        weights_only=not optimizer_states,
-        strict=strict,
+        weights_only=not optimizer_states or not training,
+        strict=strict and custom_load_fn is None,
+        allow_pickle=allow_pickle,
     )
     if loaded is None:
         logger.warning("no file 'latest' in %s and no tag given; nothing is loaded", directory)
         return None, None
     if training:
         optimizer.finish_import(targets)
+        if not engine.zero_load_from_fp32_weights():
+            optimizer.refresh_master()
     else:
         engine.sharded.settle()
     _load_buffers(engine.module, loaded.buffers)
     if custom_load_fn is not None:
-        custom_load_fn(src=loaded, dst=engine.module)
+        load_module(engine, store.full_state_dict(directory, loaded.tag, dtype=None), strict, custom_load_fn)
     extra = loaded.extra
     if training and optimizer_states:
         _load_optimizer_settings(optimizer, extra)
     if scheduler_states and engine.lr_scheduler is not None and "lr_scheduler" in extra:
         engine.lr_scheduler.load_state_dict(extra["lr_scheduler"])
     if not module_only:
-        for name, value in extra.get("counters", {}).items():
-            setattr(engine, name, value)
-        if loaded.rank_extra is not None:
-            _set_rng_state(loaded.rank_extra["rng"])
-        else:
-            logger.warning(
-                "%s was saved by %d ranks: random number states are not restored", loaded.path, loaded.world_size
-            )
-        cursor = getattr(engine.training_dataloader, "load_state_dict", None)
-        if cursor is not None and "data" in extra:
-            cursor(extra["data"])
+        _load_progress(engine, loaded)
     engine.callbacks.on_load(engine, str(directory), loaded.tag)
     state = {**extra.get("counters", {}), "ds_version": extra.get("ds_version"), **extra.get("client_state", {})}
     return str(loaded.path), state
+
+
+def _state_keys(
+    engine: EngineState, directory: str | os.PathLike[str], tag: str | None, allow_pickle: bool | None
+) -> dict[str, torch.dtype]:
+    """States that the optimizer must have memory for before the load (collective: rank 0 moves `latest` last)."""
+    wait(engine)
+    ds_comm.barrier(engine.data_parallel_group, label=f"load_checkpoint {tag}: the last save is done")
+    try:
+        return store.state_keys(directory, tag, allow_pickle=allow_pickle)
+    except ds_zero.CheckpointError:  # the load itself says so, on all ranks
+        return {}
+
+
+def _load_progress(engine: EngineState, loaded: store.LoadedCheckpoint) -> None:
+    """Counters, random numbers and data cursor."""
+    for name, value in loaded.extra.get("counters", {}).items():
+        setattr(engine, name, value)
+    if loaded.rank_extra is not None:
+        _set_rng_state(loaded.rank_extra["rng"])
+    elif ds_comm.get_rank(engine.data_parallel_group) == 0:
+        logger.warning(
+            "%s was saved by %d ranks: random number states are not restored", loaded.path, loaded.world_size
+        )
+    cursor = getattr(engine.training_dataloader, "load_state_dict", None)
+    if cursor is not None and "data" in loaded.extra:
+        cursor(loaded.extra["data"])
 
 
 def _load_optimizer_settings(optimizer: ds_zero.ZeroOptimizer, extra: dict[str, Any]) -> None:
@@ -218,10 +264,16 @@ def _load_optimizer_settings(optimizer: ds_zero.ZeroOptimizer, extra: dict[str, 
         optimizer.scaler.load_state_dict(extra["loss_scaler"])
     saved = extra.get("param_groups", [])
     if len(saved) != len(optimizer.param_groups):
+        logger.warning(
+            "the checkpoint has %d param groups, the optimizer %d: learning rates and the like stay as they are",
+            len(saved),
+            len(optimizer.param_groups),
+        )
         return
     for group, values in zip(optimizer.param_groups, saved, strict=True):
         for key, value in values.items():
-            group[key] = tuple(value) if isinstance(group.get(key), tuple) else value
+            if key not in IMPLEMENTATION:
+                group[key] = tuple(value) if isinstance(group.get(key), tuple) else value
 
 
 def _load_buffers(module: nn.Module, buffers: dict[str, Tensor]) -> None:
@@ -242,7 +294,7 @@ def without_frozen(module: nn.Module, state: dict[str, Any]) -> dict[str, Any]:
 
 
 @torch.no_grad()
-def consolidated_state_dict(engine: DeepSpeedEngine, exclude_frozen: bool = False) -> dict[str, Tensor] | None:
+def consolidated_state_dict(engine: EngineState, exclude_frozen: bool = False) -> dict[str, Tensor] | None:
     """Full tensors on CPU on rank 0 (ties share one tensor), None elsewhere; one parameter is gathered at a time."""
     mine = ds_comm.get_rank(engine.data_parallel_group) == 0
     whole: dict[int, Tensor] = {}
@@ -261,7 +313,7 @@ def consolidated_state_dict(engine: DeepSpeedEngine, exclude_frozen: bool = Fals
 
 
 def save_16bit_model(
-    engine: DeepSpeedEngine, directory: str | os.PathLike[str], filename: str, exclude_frozen: bool
+    engine: EngineState, directory: str | os.PathLike[str], filename: str, exclude_frozen: bool
 ) -> bool:
     """See DeepSpeedEngine.save_16bit_model. False at stage 3 without the gather key, as upstream."""
     if engine.zero_optimization_stage() == 3 and not engine.zero_gather_16bit_weights_on_model_save():
@@ -291,7 +343,7 @@ def _untied(state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def load_module(
-    engine: DeepSpeedEngine, state: dict[str, Any], strict: bool, custom_load_fn: Callable[..., Any] | None
+    engine: EngineState, state: dict[str, Any], strict: bool, custom_load_fn: Callable[..., Any] | None
 ) -> None:
     """Full tensors into parameters (and masters) and buffers; every rank passes the same."""
     module = engine.module

@@ -26,15 +26,13 @@ from deepspeed.config import ConfigGetters, ResolvedConfig
 from deepspeed.config.getters import TORCH_DTYPES
 from deepspeed.config.translate import zero_config
 from deepspeed.dataloader import DeepSpeedDataLoader
-from deepspeed.errors import DeepSpeedConfigError
 from deepspeed.events import Callback, CallbackList
 from deepspeed.monitor.monitor import MonitorMaster
+from deepspeed.progress import BACKWARD, FORWARD, STEP, progress_listeners
 from deepspeed.timers import NoopTimer, SynchronizedWallClockTimer, ThroughputTimer
 from deepspeed.utils.logging import log_dist
 
 __all__ = ["DeepSpeedEngine"]
-
-FORWARD, BACKWARD, STEP = "fwd", "bwd", "step"
 
 
 class DeepSpeedEngine(ConfigGetters, nn.Module):
@@ -79,16 +77,18 @@ class DeepSpeedEngine(ConfigGetters, nn.Module):
         self._backward_pending = False
         self._compiled = False
         settings = zero_config(config)
-        self._cast_without_optimizer(settings, optimizer)
         _, zero_optimizer = ds_zero.shard(self.module, optimizer, config=settings, group=group)
-        self.sharded = ds_zero.sharded_of(self.module)
+        sharded = ds_zero.sharded_of(self.module)
+        assert sharded is not None  # shard() has just laid it out
+        self.sharded = sharded
+        self.pending_save: Any = None
         self.basic_optimizer = optimizer
         self.optimizer: Any = zero_optimizer
         if zero_optimizer is None and config.zero_optimization.stage >= 3:
             self.optimizer = self.sharded  # upstream gives its parameter-offload object here
         self.monitor = MonitorMaster(config)
-        self.callbacks = CallbackList([self.monitor])
         self.timers: Any = SynchronizedWallClockTimer() if config.wall_clock_breakdown else NoopTimer()
+        self.callbacks = CallbackList([self.monitor, *progress_listeners(config, self.timers)])
         self.tput_timer = ThroughputTimer(
             config.timers.throughput,
             batch_size=config.train_batch_size,
@@ -110,10 +110,6 @@ class DeepSpeedEngine(ConfigGetters, nn.Module):
         self.dp_world_size = self.seq_dp_world_size = ds_comm.get_world_size(self.data_parallel_group)
         model_parallel = getattr(self.mpu, "get_model_parallel_world_size", None)
         self.mp_world_size = 1 if model_parallel is None else int(model_parallel())
-
-    def _cast_without_optimizer(self, settings: ds_zero.ZeroConfig, optimizer: Any) -> None:
-        if settings.dtype == "fp16" and not ds_comm.device.is_fp16_supported():
-            raise DeepSpeedConfigError(f"fp16.enabled is true, but {self.device.type} does not support it; use bf16")
 
     def __getattr__(self, name: str) -> Any:
         """Attributes that the engine lacks are the model's."""
@@ -204,19 +200,12 @@ class DeepSpeedEngine(ConfigGetters, nn.Module):
         self.global_steps += 1
         self.global_samples += self.train_batch_size()
         self.callbacks.after_step(self)
-        every = self.steps_per_print()
-        if every and self.global_steps % every == 0:
-            log_dist(
-                f"step={self.global_steps}, skipped={self.skipped_steps}, lr={self.get_lr()}, mom={self.get_mom()}",
-                ranks=[0],
-            )
-            if self._config.wall_clock_breakdown:
-                self.timers.log([FORWARD, BACKWARD, STEP])
 
     def _training_optimizer(self, what: str) -> ds_zero.ZeroOptimizer:
         if not isinstance(self.optimizer, ds_zero.ZeroOptimizer):
             raise ds_zero.ZeroStateError(
-                f'engine.{what}() needs an optimizer: pass one to deepspeed.initialize or give the config an "optimizer" section'
+                f"engine.{what}() needs an optimizer: pass one to deepspeed.initialize, or give the config an"
+                ' "optimizer" section'
             )
         return self.optimizer
 
@@ -234,16 +223,24 @@ class DeepSpeedEngine(ConfigGetters, nn.Module):
     # -- the boundary --------------------------------------------------------------------------------------------
 
     def is_gradient_accumulation_boundary(self) -> bool:
-        """Whether the present micro-step ends a step."""
-        if self._boundary is not None:
-            return self._boundary
+        """Whether the present micro-step ends a step (always, with `managed_gradient_accumulation: false`)."""
         if not self._config.managed_gradient_accumulation:
             return True
+        if self._boundary is not None:
+            return self._boundary
         return (self.micro_steps + 1) % self.gradient_accumulation_steps() == 0
 
     def set_gradient_accumulation_boundary(self, is_boundary: bool) -> None:
         """Decide about the boundary yourself from now on (sticky)."""
+        self._needs_managed_accumulation("set_gradient_accumulation_boundary")
         self._boundary = is_boundary
+
+    def _needs_managed_accumulation(self, what: str) -> None:
+        if not self._config.managed_gradient_accumulation:
+            raise ds_zero.ZeroStateError(
+                f"{what} with managed_gradient_accumulation: false, where every step() is the boundary; call step()"
+                " when you want one, or set the key to true"
+            )
 
     @contextlib.contextmanager
     def no_sync(self) -> Iterator[None]:
@@ -254,6 +251,7 @@ class DeepSpeedEngine(ConfigGetters, nn.Module):
     @contextlib.contextmanager
     def coalesce_grad_reduction(self) -> Iterator[None]:
         """Several backwards inside, one reduction at the end."""
+        self._needs_managed_accumulation("coalesce_grad_reduction")
         optimizer = self._training_optimizer("coalesce_grad_reduction")
         with optimizer.no_sync():
             yield
@@ -292,10 +290,12 @@ class DeepSpeedEngine(ConfigGetters, nn.Module):
     def set_train_batch_size(self, train_batch_size: int) -> None:
         """Change the batch by changing the accumulation steps; ValueError if it does not divide."""
         self._config = self._config.with_batch(train_batch_size=train_batch_size)
+        self.tput_timer.batch_size = train_batch_size
 
     def set_train_micro_batch_size(self, micro_batch_size: int) -> None:
         """Change the micro-batch, the accumulation steps staying as they are."""
         self._config = self._config.with_batch(train_micro_batch_size_per_gpu=micro_batch_size)
+        self.tput_timer.batch_size = self.train_batch_size()
 
     def get_data_parallel_rank(self) -> int:
         """This rank among those that share the data."""
@@ -334,7 +334,7 @@ class DeepSpeedEngine(ConfigGetters, nn.Module):
         """Listen to training: see deepspeed.events.Callback."""
         self.callbacks.add(callback)
 
-    def compile(  # type: ignore[override]
+    def compile(
         self, backend: str | Callable[..., Any] = "inductor", compile_kwargs: dict[str, Any] | None = None, **_: Any
     ) -> None:
         """Compile the module in place with torch.compile."""
@@ -350,7 +350,7 @@ class DeepSpeedEngine(ConfigGetters, nn.Module):
     def save_checkpoint(
         self,
         save_dir: str | os.PathLike[str],
-        tag: str | None = None,
+        tag: str | int | os.PathLike[str] | None = None,
         client_state: dict[str, Any] | None = None,
         save_latest: bool = True,
         exclude_frozen_parameters: bool = False,
@@ -369,16 +369,26 @@ class DeepSpeedEngine(ConfigGetters, nn.Module):
     def load_checkpoint(
         self,
         load_dir: str | os.PathLike[str],
-        tag: str | None = None,
+        tag: str | int | os.PathLike[str] | None = None,
         load_module_strict: bool = True,
         load_optimizer_states: bool = True,
         load_lr_scheduler_states: bool = True,
         load_module_only: bool = False,
         custom_load_fn: Callable[..., Any] | None = None,
+        allow_pickle: bool | None = None,
     ) -> tuple[str | None, dict[str, Any] | None]:
         """Load a checkpoint saved at any number of ranks and any stage; collective.
 
-        Returns (its path, the client state with `ds_version` and counters), or (None, None) without a `latest`.
+        Args:
+            tag: which one; default: what `latest` names.
+            load_module_strict: raise when names or state differ; otherwise what is common is loaded.
+            custom_load_fn: called as `fn(src=<full state dict>, dst=<module>)` instead of loading the weights by name.
+            allow_pickle: opt in to a checkpoint that upstream DeepSpeed 0.19 wrote (stages 1-3), which is pickled;
+                default: only with DEEPSPEED_ALLOW_PICKLE=1 in the environment.
+        Returns:
+            (its path, the client state with `ds_version` and counters), or (None, None) without a `latest`.
+        Raises:
+            CheckpointError (OSError): damaged, of another model, or no such tag; on all ranks.
         """
         return checkpoint_io.load(
             self,
@@ -389,6 +399,7 @@ class DeepSpeedEngine(ConfigGetters, nn.Module):
             scheduler_states=load_lr_scheduler_states and not load_module_only,
             module_only=load_module_only,
             custom_load_fn=custom_load_fn,
+            allow_pickle=allow_pickle,
         )
 
     def save_16bit_model(
@@ -436,14 +447,17 @@ class DeepSpeedEngine(ConfigGetters, nn.Module):
         return checkpoint_io.consolidated_state_dict(self, exclude_frozen_parameters)
 
     def destroy(self) -> None:
-        """Remove hooks and give back windows; local and idempotent. At stage 3 the parameters stay sharded."""
+        """Remove hooks and give memory back; idempotent, called on every rank.
+
+        Below stage 3 the model is an ordinary one afterwards; at stage 3 its parameters stay sharded.
+        """
         checkpoint_io.wait(self)
         self.monitor.close()
         if isinstance(self.optimizer, ds_zero.ZeroOptimizer):
             self.optimizer.close()
-        if self.sharded is not None:
-            self.sharded.detach()
-            self.sharded = None
+        if self.zero_optimization_stage() < 3:
+            self.sharded.close()
+        self.sharded.detach()
 
 
 def _half(value: Any) -> Any:

@@ -25,10 +25,15 @@ class EngineView(Protocol):
 
     global_steps: int
     global_samples: int
+    skipped_steps: int
     optimizer: Any
 
     def get_lr(self) -> list[float]:
         """Learning rate of each parameter group."""
+        ...
+
+    def get_mom(self) -> list[Any]:
+        """Momentum or betas of each parameter group."""
         ...
 
     def get_global_grad_norm(self) -> Any:

@@ -19,6 +19,7 @@ from deepspeed.engine import DeepSpeedEngine
 from deepspeed.errors import DeepSpeedConfigError
 from deepspeed.lr_schedules import make_schedule
 from deepspeed.optimizers import build_optimizer
+from deepspeed.settings import apply_settings
 from deepspeed.utils import groups
 
 __all__ = ["add_config_arguments", "initialize"]
@@ -75,6 +76,8 @@ def initialize(
         args=args,
         config_params=config_params,
     )
+    _check_precision(resolved)
+    apply_settings(resolved, mpu)
     basic = _basic_optimizer(resolved, optimizer, model_parameters, model)
     device_rank = getattr(args, "device_rank", None)
     engine = DeepSpeedEngine(
@@ -100,6 +103,13 @@ def _init_distributed(port: int, required: bool | None) -> None:
     comm.init_distributed(distributed_port=port, dist_init_required=required)
 
 
+def _check_precision(config: ResolvedConfig) -> None:
+    if config.fp16.enabled and not ds_comm.device.is_fp16_supported():
+        raise DeepSpeedConfigError(
+            f"fp16.enabled is true, but this {ds_comm.device.device_type()} does not support it; use bf16"
+        )
+
+
 def _basic_optimizer(
     config: ResolvedConfig,
     optimizer: torch.optim.Optimizer | Callable[..., torch.optim.Optimizer] | None,
@@ -116,7 +126,8 @@ def _basic_optimizer(
         return optimizer(parameters)
     if optimizer is not None:
         raise DeepSpeedConfigError(
-            f"optimizer is a {type(optimizer).__name__}; expected a torch.optim.Optimizer, a function that makes one, or None"
+            f"optimizer is a {type(optimizer).__name__}; expected a torch.optim.Optimizer, a function that makes one,"
+            " or None"
         )
     if config.optimizer is not None and parameters:
         return build_optimizer(config.optimizer, parameters)

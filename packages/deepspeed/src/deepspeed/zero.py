@@ -1,4 +1,4 @@
-"""`import deepspeed.zero`: the same module as `deepspeed.runtime.zero`."""
+"""`import deepspeed.zero` and `from deepspeed.zero import Init`: the same module as the attribute `deepspeed.zero`."""
 
 import sys
 

@@ -270,6 +270,8 @@ class ShardedModel:
                 if parameter.__dict__.pop("_zero_record", None) is not None:
                     parameter.__class__ = nn.Parameter
         self.units.clear()
+        for key in ("_zero_sharded", "_zero_optimizer"):  # the model may be sharded again
+            self.module.__dict__.pop(key, None)
 
 
 def _names(model: nn.Module) -> dict[nn.Parameter, list[str]]:
