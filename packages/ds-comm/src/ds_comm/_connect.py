@@ -78,7 +78,7 @@ class _Meeting:
             names = ", ".join(str(self._comm.global_ranks[rank]) for rank in missing)
             if patience.exhausted:
                 raise RankMissingError(
-                    f"{patience.what}: rank {names} did not come within {patience.waited:.0f} s. Every rank of the "
+                    f"{patience.what}: rank {names} did not come within {patience.limit:g} s. Every rank of the "
                     "group must make the group's first call"
                 )
             patience.notice(lambda text=names: f"rank {text} is not there")  # type: ignore[misc]
@@ -97,7 +97,7 @@ def connect(group: dist.ProcessGroup, instance: int, watchdog: Watchdog) -> Comm
 def _choose(comm: Communicator, instance: int, watchdog: Watchdog) -> Transport:
     backends = str(dist.get_backend_config(comm.group))
     if "fake" in backends:
-        return TorchTransport(comm.group, ledger=comm.ledger, enter=comm.enter, observer=None, fake=True)
+        return TorchTransport(comm.group, enter=comm.enter, observer=None, fake=True)
     if comm.size == 1:
         return LocalTransport(comm.enter)
     store = comm.group.get_group_store()
@@ -117,13 +117,11 @@ def _choose(comm: Communicator, instance: int, watchdog: Watchdog) -> Transport:
                 control,
                 ledger=comm.ledger,
                 enter=comm.enter,
-                fallback=lambda: GlooTransport(
-                    comm.group, ledger=comm.ledger, enter=comm.enter, observer=observer("fallback")
-                ),
+                fallback=lambda: GlooTransport(comm.group, enter=comm.enter, observer=observer("fallback")),
             )
         kind = "gloo"
     make = GlooTransport if kind == "gloo" else TorchTransport
-    return make(comm.group, ledger=comm.ledger, enter=comm.enter, observer=observer("stamps"))
+    return make(comm.group, enter=comm.enter, observer=observer("stamps"))
 
 
 def _decide(everyone: list[_Identity], backends: str) -> str:

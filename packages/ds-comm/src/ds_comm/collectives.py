@@ -200,7 +200,7 @@ def gather(
     here = source.numel() if comm.rank == target else 0
     out = source.new_empty(here * comm.size)
     in_splits = [source.numel() if rank == target else 0 for rank in range(comm.size)]
-    with comm.ledger.timed(entry):
+    with entry.timed():
         comm.transport.all_to_all(out, source, [here] * comm.size, in_splits, entry)
     _copy_parts(gather_list if gather_list and comm.rank == target else [], out)
     return DONE if async_op else None
@@ -233,7 +233,7 @@ def scatter(
     out = torch.empty(tensor.numel(), dtype=tensor.dtype)
     in_splits = [part.numel() for part in parts] or [0] * comm.size
     out_splits = [tensor.numel() if rank == source else 0 for rank in range(comm.size)]
-    with comm.ledger.timed(entry):
+    with entry.timed():
         comm.transport.all_to_all(out, inp, out_splits, in_splits, entry)
     tensor.detach().copy_(out.view(tensor.shape))
     return DONE if async_op else None
@@ -304,7 +304,8 @@ def all_gather_object(object_list: list[Any], obj: Any, group: Group = None, *, 
         return
     comm = communicator(group)
     entry = comm.enter("all_gather_object", None, 0, label)
-    _watched(comm, entry, lambda: dist.all_gather_object(object_list, obj, group=comm.group))
+    with entry.timed():
+        comm.transport.guard(lambda: dist.all_gather_object(object_list, obj, group=comm.group), entry)
 
 
 def broadcast_object_list(
@@ -322,19 +323,10 @@ def broadcast_object_list(
     comm = communicator(group)
     source = _group_rank(comm, 0 if src is None and group_src is None else src, group_src, "broadcast_object_list")
     entry = comm.enter("broadcast_object_list", None, 0, label)
-    _watched(
-        comm,
-        entry,
-        lambda: dist.broadcast_object_list(object_list, group_src=source, group=comm.group, device=device),
-    )
-
-
-def _watched(comm: Communicator, entry: Any, run: Callable[[], None]) -> None:
-    """Meet on a watched transport, so that torch's own wait finds every rank there; then run."""
-    with comm.ledger.timed(entry):
-        if comm.kind in ("shm", "gloo"):
-            comm.transport.meet(entry)
-        run()
+    with entry.timed():
+        comm.transport.guard(
+            lambda: dist.broadcast_object_list(object_list, group_src=source, group=comm.group, device=device), entry
+        )
 
 
 class _Several(Work):

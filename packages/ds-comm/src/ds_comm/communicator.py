@@ -23,7 +23,7 @@ from torch import Tensor
 from ds_comm.errors import CommArgumentError, CommError, DivergenceError
 from ds_comm.ledger import Entry, Ledger
 from ds_comm.transport._reduce import can_reduce, red_op
-from ds_comm.transport.base import DONE, GatherWindow, ReduceWindow, TorchWork, Transport, Work
+from ds_comm.transport.base import DONE, GatherWindow, ReduceWindow, Transport, Work
 from ds_comm.transport.torch_ import all_gather_single, reduce_scatter_single
 
 ReduceOp = dist.ReduceOp
@@ -162,20 +162,11 @@ class Communicator:
             raise DivergenceError(f"the ranks must agree on {label or 'a value'} and do not: {values}")
 
     def delegate(self, entry: Entry, start: Callable[..., Any], async_op: bool) -> Work | None:
-        """Let torch.distributed do a collective: ``start(async_op=True)`` gives its work, or None.
-
-        On a watched transport the ranks meet first, so that a rank that went another way is found here and not in a
-        wait that nobody watches.
-        """
-        if self.transport.kind == "shm":
-            self.transport.meet(entry)
-        work = start(async_op=True)
-        if work is None:
-            return DONE if async_op else None
-        pending = TorchWork([work], ledger=self.ledger, entry=entry, block=self.transport.block)
+        """Let torch.distributed do a collective, ``start(async_op=True)``, watched as far as the transport can."""
+        work = self.transport.delegate(start, entry)
         if async_op:
-            return pending
-        pending.wait()
+            return work
+        work.wait()
         return None
 
     # ---- windows

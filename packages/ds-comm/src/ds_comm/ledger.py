@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
@@ -52,7 +52,7 @@ def wire_numerator(op: str, numel: int, size: int) -> int:
 class Entry:
     """Counts for one (op, dtype, numel, label)."""
 
-    __slots__ = ("count", "dtype", "label", "nbytes", "numel", "op", "seconds", "stamp", "wire")
+    __slots__ = ("count", "dtype", "label", "ledger", "nbytes", "numel", "op", "seconds", "stamp", "wire")
 
     def __init__(self, op: str, dtype: torch.dtype | None, numel: int, label: str, size: int) -> None:
         self.op, self.dtype, self.numel, self.label = op, dtype, numel, label
@@ -61,6 +61,11 @@ class Entry:
         self.nbytes = numel * (dtype.itemsize if dtype is not None else 1)
         self.wire = wire_numerator(op, numel, size)
         self.stamp = self._encode()
+        self.ledger: Ledger | None = None
+
+    def timed(self) -> AbstractContextManager[None]:
+        """``Ledger.timed`` of the ledger this entry belongs to."""
+        return self.ledger.timed(self) if self.ledger is not None else nullcontext()
 
     def describe(self) -> str:
         """``reduce_scatter layers.9 [1024 x bfloat16]``: how errors and tables name this call."""
@@ -104,6 +109,7 @@ class Ledger:
         entry = self._entries.get(key)
         if entry is None:
             entry = self._entries[key] = Entry(op, dtype, numel, label or "", self.size)
+            entry.ledger = self
         return entry
 
     @contextmanager

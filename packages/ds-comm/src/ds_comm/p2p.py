@@ -96,7 +96,7 @@ def batch_isend_irecv(p2p_op_list: list[dist.P2POp], *, label: str | None = None
         for op in p2p_op_list
     ]
     return [
-        TorchWork([work], ledger=comm.ledger, entry=entries[0], block=comm.transport.block_message)
+        TorchWork([work], entry=entries[0], block=comm.transport.block_message)
         for work in dist.batch_isend_irecv(p2p_op_list)
     ]
 
@@ -107,6 +107,4 @@ def _start(
     comm = communicator(group)
     entry = comm.ledger.add(op, tensor.dtype, tensor.numel(), label)
     work = start(resolve(group))
-    return TorchWork(
-        [work] if work is not None else [], ledger=comm.ledger, entry=entry, block=comm.transport.block_message
-    )
+    return TorchWork([work] if work is not None else [], entry=entry, block=comm.transport.block_message)

@@ -57,12 +57,12 @@ class Watchdog:
 class Patience:
     """One wait's clock: says when to look at the peers, writes the one notice, knows when the limit is passed."""
 
-    __slots__ = ("_limit", "_next_notice", "_started", "what")
+    __slots__ = ("_next_notice", "_started", "limit", "what")
 
     def __init__(self, watchdog: Watchdog, what: str) -> None:
         self.what = what
         self._started = monotonic()
-        self._limit = watchdog.seconds
+        self.limit = watchdog.seconds
         self._next_notice = self._started + NOTICE_SECONDS
 
     @property
@@ -71,7 +71,7 @@ class Patience:
 
     @property
     def exhausted(self) -> bool:
-        return self.waited > self._limit
+        return self.waited > self.limit
 
     def notice(self, describe: Callable[[], str]) -> None:
         """Log once per wait, and then at doubling intervals, what is waited for."""
@@ -80,7 +80,7 @@ class Patience:
             return
         self._next_notice = now + 2 * (now - self._started)
         _logger.warning(
-            "waiting for %.0f s in %s (limit %.0f s): %s", now - self._started, self.what, self._limit, describe()
+            "waiting for %.0f s in %s (limit %.0f s): %s", now - self._started, self.what, self.limit, describe()
         )
 
 

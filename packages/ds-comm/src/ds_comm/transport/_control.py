@@ -250,7 +250,7 @@ class Control:
                 self._missing([rank], fate, patience)
         if patience.exhausted and (late := pending()):
             names = ", ".join(str(self._global(r)) for r in late)
-            fate = f"rank {names} did not come within {patience.waited:.1f} s (ds_comm.set_watchdog)"
+            fate = f"rank {names} did not come within {patience.limit:g} s (ds_comm.set_watchdog)"
             self._missing(late, fate, patience)
         patience.notice(lambda: "; ".join(self._last_call(r) for r in pending()))
 
@@ -271,7 +271,8 @@ class Control:
     # ---- failing
 
     def fail(self, error: CommError) -> None:
-        """Let every rank raise ``error``, and raise it here."""
+        """Let every rank raise ``error``, and raise it here; unless another rank was first: then its error counts."""
+        error = self._first_failure() or error
         if self._failure is None:
             self._failure = error
             text = str(error).encode()[: _MESSAGE_NBYTES - _HEADER.size]
@@ -287,6 +288,11 @@ class Control:
         """Raise what this rank or a peer has found wrong before: the group is not usable any more."""
         if self._failure is not None:
             raise type(self._failure)(str(self._failure))
+        if (error := self._first_failure()) is not None:
+            self.fail(error)
+
+    def _first_failure(self) -> CommError | None:
+        """What a rank has written down as wrong, if any has."""
         for rank, where in enumerate(self._failed_words):
             kind = self._words[where]
             if kind:
@@ -294,7 +300,8 @@ class Control:
                 start = rank * ROW_NBYTES + _MESSAGE_AT
                 (length,) = _HEADER.unpack_from(self._raw, start)
                 text = bytes(self._raw[start + _HEADER.size : start + _HEADER.size + length])
-                self.fail(_ERRORS[kind - 1](text.decode(errors="replace")))
+                return _ERRORS[kind - 1](text.decode(errors="replace"))
+        return None
 
     def close(self) -> None:
         """Say that this rank has left, and let go of the memory."""

@@ -14,15 +14,14 @@ Invariants
 
 from __future__ import annotations
 
-import os
 import struct
 import threading
 import time
 from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
-
-import torch.distributed as dist
+from typing import TYPE_CHECKING, NoReturn
 
 from ds_comm.errors import CommError, DivergenceError, RankMissingError
 from ds_comm.ledger import STAMP_TEXT_NBYTES, describe_stamp
@@ -117,41 +116,41 @@ class Observer:
         if isinstance(error, CommError) and self._failure is None:
             self._failure = error
 
-    def block(self, work: dist.Work, what: str, *, polls: bool = True, limit: float | None = None) -> None:
-        """Wait for a work of a host backend; raises what is found wrong meanwhile.
+    def block(self, wait: Callable[[float], bool], what: str, limit: float | None = None) -> None:
+        """Call ``wait(seconds)`` until it is True; raises what is found wrong meanwhile."""
+        with self.watching(what, limit):
+            while not wait(0.1):
+                self.raise_failure()
 
-        polls: the work tells when it is completed. Some of torch's do only in their own ``wait``, which nothing can
-        interrupt: there the thread still finds and logs what is wrong, and it is raised when that wait ends.
+    @contextmanager
+    def watching(self, what: str, limit: float | None = None) -> Iterator[None]:
+        """While inside, this rank counts as waiting in ``what``: the thread looks at the peers.
+
+        A RuntimeError inside (a broken connection: most likely a peer died) becomes the error that the thread finds to
+        be behind it. A wait that nothing can interrupt is watched too: what is found is logged, and raised at its end.
         """
         self._wait = Patience(self._watchdog if limit is None else Watchdog(limit), what)
         try:
-            if polls:
-                self._poll(work)
-            work.wait()
+            yield
         except CommError:
             raise
         except RuntimeError as error:
-            # A broken connection: most likely a peer died. Give the thread the time to find out which.
-            self._await_diagnosis()
-            raise CommError(f"{what} failed on rank {self._global(self.rank)}: {error}") from error
+            self.explain(error, what)
         finally:
             self._wait = None
 
-    def _poll(self, work: dist.Work) -> None:
-        spin_until = time.perf_counter() + 200e-6
-        while not work.is_completed() and time.perf_counter() < spin_until:
-            os.sched_yield()
-        pause = 20e-6
-        while not work.is_completed():
-            self.raise_failure()
-            time.sleep(pause)
-            pause = min(pause * 1.3, 1e-3)
-
-    def _await_diagnosis(self) -> None:
+    def explain(self, error: Exception, what: str) -> NoReturn:
+        """Raise what lies behind a failed torch operation, once the thread has had the time to find it."""
+        if self._wait is None:
+            self._wait = Patience(self._watchdog, what)
         deadline = time.monotonic() + 3 * _PERIOD + _FIRST_LOOK
-        while time.monotonic() < deadline:
-            self.raise_failure()
-            time.sleep(0.05)
+        try:
+            while time.monotonic() < deadline:
+                self.raise_failure()
+                time.sleep(0.05)
+        finally:
+            self._wait = None
+        raise CommError(f"{what} failed on rank {self._global(self.rank)}: {error}") from error
 
     def close(self) -> None:
         """Say that this rank has left, and end the thread."""
@@ -227,15 +226,20 @@ class Observer:
         for number in range(max(0, own.count - _KEPT), own.count):
             stamps = {r: stamp for r, p in positions.items() if (stamp := p.stamp(number)) is not None}
             if len(set(stamps.values())) > 1:
-                self._failure = DivergenceError(self._describe_divergence(number, stamps, positions))
-                self._hear()
+                self._settle(DivergenceError(self._describe_divergence(number, stamps, positions)))
                 return
         missing = self._find_missing(own, positions, wait)
         if missing is not None:
-            self._failure = RankMissingError(f"{wait.what}: {missing}. {self._describe(positions)}")
-            self._hear()
+            self._settle(RankMissingError(f"{wait.what}: {missing}. {self._describe(positions)}"))
             return
         wait.notice(lambda: self._describe(positions))
+
+    def _settle(self, error: CommError) -> None:
+        """Make ``error`` the failure of every rank, unless another rank was first: then its error counts."""
+        self._hear()
+        if self._failure is None:
+            self._failure = error
+            self._hear()
 
     def _find_missing(self, own: _Position, positions: dict[int, _Position], wait: Patience) -> str | None:
         now = time.monotonic()
@@ -255,7 +259,7 @@ class Observer:
             behind = [r for r in range(len(self._ranks.global_ranks)) if r not in positions]
             behind += [r for r, p in positions.items() if p.count < own.count]
             names = ", ".join(str(self._global(r)) for r in sorted(behind)) or "unknown"
-            return f"rank {names} did not come within {wait.waited:.0f} s (ds_comm.set_watchdog)"
+            return f"rank {names} did not come within {wait.limit:g} s (ds_comm.set_watchdog)"
         return None
 
     def _diagnose_lost_store(self, error: str) -> CommError:

@@ -23,7 +23,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ds_comm.errors import CommArgumentError
-from ds_comm.ledger import Entry, Ledger
+from ds_comm.ledger import Entry
 
 
 class Enter(Protocol):
@@ -69,13 +69,11 @@ class TorchWork(Work):
         self,
         works: Sequence[dist.Work],
         *,
-        ledger: Ledger,
         entry: Entry,
         block: Callable[[dist.Work, Entry], None],
         then: Callable[[], object] | None = None,
     ) -> None:
         self._works = list(works)
-        self._ledger = ledger
         self._entry = entry
         self._block = block
         self._then = then
@@ -83,7 +81,7 @@ class TorchWork(Work):
     def wait(self) -> None:
         if self.finished:
             return
-        with self._ledger.timed(self._entry):
+        with self._entry.timed():
             while self._works:
                 self._block(self._works[0], self._entry)
                 del self._works[0]
@@ -292,9 +290,18 @@ class Transport(ABC):
         """Wait for a torch work, watching the peers where the transport can."""
         work.wait()
 
+    def delegate(self, start: Callable[..., dist.Work | None], entry: Entry) -> Work:
+        """Let torch.distributed do a collective: ``start(async_op=True)`` gives its work."""
+        work = start(async_op=True)
+        return DONE if work is None else TorchWork([work], entry=entry, block=self.block)
+
     def block_message(self, work: dist.Work, entry: Entry) -> None:
         """Wait for a message between two ranks: gloo's tell that they are completed only in their own ``wait``."""
-        work.wait()
+        self.block(work, entry)
+
+    def guard(self, call: Callable[[], None], entry: Entry) -> None:
+        """Run a collective of torch.distributed that cannot be asynchronous."""
+        call()
 
     @abstractmethod
     def exchange(self, payload: bytes, entry: Entry) -> list[bytes]:

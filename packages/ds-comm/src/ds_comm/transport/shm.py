@@ -64,6 +64,15 @@ class ShmTransport(Transport):
     def meet(self, entry: Entry, limit: float | None = None) -> None:
         self.control.meet(entry.describe, limit)
 
+    def delegate(self, start: Callable[..., dist.Work | None], entry: Entry) -> Work:
+        # the ranks meet first: a rank that went another way is found here, not in a wait that nobody watches
+        self.meet(entry)
+        return super().delegate(start, entry)
+
+    def guard(self, call: Callable[[], None], entry: Entry) -> None:
+        self.meet(entry)
+        call()
+
     def block(self, work: dist.Work, entry: Entry, limit: float | None = None) -> None:
         self.control.await_condition(work.is_completed, entry.describe, limit)
         work.wait()
@@ -153,7 +162,7 @@ class ShmTransport(Transport):
         segment = self.segment(total, own, entry)
         if segment is None:
             return self.fallback().reduce_window(numel, dtype, device, label)
-        return ShmReduceWindow(self, segment, row_nbytes, numel, dtype, label, self._enter, self._ledger)
+        return ShmReduceWindow(self, segment, row_nbytes, numel, dtype, label, self._enter)
 
     # ---- collectives on ordinary tensors
 
@@ -293,11 +302,9 @@ class ShmReduceWindow(ReduceWindow):
         dtype: torch.dtype,
         label: str,
         enter: Enter,
-        ledger: Ledger,
     ) -> None:
         super().__init__(numel, dtype, rank=transport.rank, size=transport.size, label=label, enter=enter)
         self.control = transport.control
-        self.ledger = ledger
         self._transport = transport
         self._segment = segment
         self.rows = segment.tensor(0, (self.size, numel), dtype, (row_nbytes // dtype.itemsize, 1))
@@ -358,7 +365,7 @@ class ShmReduceWork(Work):
         if self.finished:
             return
         window = self._window
-        with window.ledger.timed(self._entry):
+        with self._entry.timed():
             window.control.await_words(window.words, window.ready, self._generation, self._entry.describe)
             sum_rows(self._rows, self._out, accumulate=self._accumulate, scale=self._scale)
         window.finish()

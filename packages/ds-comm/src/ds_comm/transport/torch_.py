@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ds_comm.ledger import Entry, Ledger
+from ds_comm.ledger import Entry
 from ds_comm.transport._observer import Observer
 from ds_comm.transport.base import Enter, GatherWindow, ReduceWindow, TorchWork, Transport, Work
 
@@ -27,15 +27,12 @@ class TorchTransport(Transport):
     """Every call goes to the group's own backend."""
 
     kind = "torch"
-    polls = False
-    """Whether this transport's works can be asked for completion (see ``Observer.block``)."""
 
     def __init__(
-        self, group: dist.ProcessGroup, *, ledger: Ledger, enter: Enter, observer: Observer | None, fake: bool = False
+        self, group: dist.ProcessGroup, *, enter: Enter, observer: Observer | None, fake: bool = False
     ) -> None:
         self.group = group
         self.rank, self.size = group.rank(), group.size()
-        self.ledger = ledger
         self.fake = fake
         self._enter = enter
         self._observer = observer
@@ -46,13 +43,8 @@ class TorchTransport(Transport):
 
     def block(self, work: dist.Work, entry: Entry, limit: float | None = None) -> None:
         if self._observer is not None:
-            self._observer.block(work, entry.describe(), polls=self.polls, limit=limit)
-        else:
-            work.wait()
-
-    def block_message(self, work: dist.Work, entry: Entry) -> None:
-        if self._observer is not None:
-            self._observer.block(work, entry.describe(), polls=False)
+            with self._observer.watching(entry.describe(), limit):
+                work.wait()
         else:
             work.wait()
 
@@ -121,7 +113,7 @@ class TorchTransport(Transport):
 
     def start_gather(self, out: Tensor, shard: Tensor, entry: Entry) -> Work:
         work = all_gather_single(out, shard, group=self.group, async_op=True)
-        return TorchWork([work], ledger=self.ledger, entry=entry, block=self.block)
+        return TorchWork([work], entry=entry, block=self.block)
 
     def start_reduce_scatter(
         self, local: Tensor, entry: Entry, finish: Callable[[Tensor, slice], None], bucket_width: int
@@ -151,7 +143,7 @@ class TorchTransport(Transport):
 
     def _work(self, works: Sequence[dist.Work | None], entry: Entry, then: Callable[[], object]) -> Work:
         started = [work for work in works if work is not None]
-        return TorchWork(started, ledger=self.ledger, entry=entry, block=self.block, then=then)
+        return TorchWork(started, entry=entry, block=self.block, then=then)
 
     def _empty(self, numel: int, like: Tensor) -> Tensor:
         # the fake backend writes nothing: zeros keep what is added up from it finite
