@@ -180,10 +180,12 @@ def test_a_damaged_header_is_named(tmp_path: Path, content: bytes) -> None:
 def test_streams_are_cut_into_chunks(tmp_path: Path) -> None:
     data = np.random.default_rng(0).integers(0, 256, 9_000_001, dtype=np.uint8).tobytes()
     view = memoryview(data)
-    record = stream_file(tmp_path / "x", [view[:5], view[5:4_194_304], view[4_194_304:4_194_305], view[4_194_305:]])
+    record = stream_file(
+        tmp_path / "x", [view[:5], view[5:4_194_304], view[4_194_304:4_194_305], view[4_194_305:]], len(data)
+    )
     assert (tmp_path / "x").read_bytes() == data
     assert len(record.chunks) == 3
-    assert record.chunks == stream_file(tmp_path / "y", [view]).chunks
+    assert record.chunks == stream_file(tmp_path / "y", [view], len(data)).chunks
 
 
 def test_byte_view_is_the_memory() -> None:

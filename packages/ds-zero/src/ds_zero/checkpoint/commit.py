@@ -17,13 +17,13 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
-import logging
 import os
 import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from ds_comm.log import get_logger
 from ds_zero.checkpoint import durable
 from ds_zero.checkpoint.manifest import MANIFEST_NAME, Manifest, RankRecord, merge, record_from_json, record_to_json
 from ds_zero.checkpoint.script import SCRIPT, SCRIPT_NAME
@@ -32,7 +32,7 @@ from ds_zero.layout import FROZEN, ShardMap
 
 __all__ = ["Commit", "PendingSave", "wait_for_pending_saves"]
 
-_LOGGER = logging.getLogger(__name__)
+_LOGGER = get_logger(__name__)
 _POLL_SECONDS = 0.005
 _POLL_MAX_SECONDS = 0.1
 _ALIVE_SECONDS = 1.0

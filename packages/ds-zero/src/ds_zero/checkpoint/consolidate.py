@@ -196,7 +196,7 @@ def _write_safetensors(path: Path, items: Sequence[LazyTensor]) -> None:
     partial = path.with_name(f".{path.name}.partial")
     partial.unlink(missing_ok=True)
     try:
-        stream_file(partial, buffers())
+        stream_file(partial, buffers(), len(header) + sum(tensor.nbytes for tensor in ordered))
         durable.fsync_path(partial)
         os.rename(partial, path)
     finally:

@@ -10,7 +10,7 @@ from pathlib import Path
 from ds_zero.checkpoint.format import CHUNK_NBYTES, Entry, read_header
 from ds_zero.checkpoint.manifest import Manifest
 from ds_zero.checkpoint.progress import byte_progress
-from ds_zero.checkpoint.read import Checkpoint, ChunkReader, open_checkpoint
+from ds_zero.checkpoint.read import Checkpoint, open_checkpoint
 from ds_zero.errors import CheckpointError
 
 __all__ = ["FileReport", "VerifyReport", "verify"]
@@ -84,29 +84,19 @@ def _check_manifest(manifest: Manifest) -> list[str]:
 def _verify_file(checkpoint: Checkpoint, index: int, progress: Callable[[int], None] | None) -> FileReport:
     record = checkpoint.manifest.files[index]
     path = checkpoint.path / record.name
-    errors: list[str] = []
     try:
         checkpoint.check_sizes([index])
     except CheckpointError as error:
         return FileReport(record.name, 0, (str(error),))
-    nbytes = 0
-    fd = os.open(path, os.O_RDONLY)
-    try:
-        reader = ChunkReader(fd, path, record)
-        for chunk in range(-(-record.nbytes // CHUNK_NBYTES)):
-            try:
-                count = reader.read(chunk)
-            except (CheckpointError, IndexError) as error:
-                errors.append(str(error))
-                continue
-            nbytes += count
-            if progress is not None:
-                progress(count)
-    finally:
-        os.close(fd)
+    chunks = range(-(-record.nbytes // CHUNK_NBYTES))
+    if len(record.chunks) != len(chunks):
+        return FileReport(record.name, 0, (f"{path} has {len(chunks)} chunks, {len(record.chunks)} checksums",))
+    damaged: list[CheckpointError] = []
+    checkpoint.read_chunks(index, [(chunk, ()) for chunk in chunks], progress, errors=damaged)
+    errors = [str(error) for error in damaged]
     if not errors:
-        errors.extend(_check_header(checkpoint.manifest, index, path))
-    return FileReport(record.name, nbytes, tuple(errors[:_MAX_ERRORS]))
+        errors = _check_header(checkpoint.manifest, index, path)
+    return FileReport(record.name, record.nbytes, tuple(errors[:_MAX_ERRORS]))
 
 
 def _check_header(manifest: Manifest, index: int, path: Path) -> list[str]:

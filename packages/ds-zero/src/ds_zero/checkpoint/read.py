@@ -4,9 +4,10 @@ Vocabulary
     request   elements of the stored bytes that go to one contiguous 1-D tensor.
     part      what of a request lies in one chunk.
 
-A chunk is read once with `preadv`, its parts directly into their tensors and the bytes nobody asked for into scratch,
-then hashed while still in cache. Where a dtype differs, a tensor is not on the CPU, or parts overlap, the whole chunk
-goes through scratch. Extra memory is one chunk.
+A chunk that the page cache holds is read with one `preadv`, its parts directly into their tensors and the bytes nobody
+asked for into scratch, and hashed while still in the processor's cache. A chunk that must come from the disk goes past
+the page cache through scratch, as does one whose dtype differs, whose tensor is not on the CPU, or whose parts overlap. Two
+workers take turns, so that one hashes and copies while the other waits for the disk; extra memory is two chunks.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import os
+import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
@@ -21,14 +23,16 @@ import torch
 import xxhash
 
 from ds_zero.checkpoint import durable
+from ds_zero.checkpoint.diskio import aligned_buffer, open_direct, read_cached, read_direct, run_workers
 from ds_zero.checkpoint.format import CHUNK_NBYTES, byte_view, dtype_from_name
 from ds_zero.checkpoint.manifest import MANIFEST_NAME, FileRecord, Manifest, intersect
 from ds_zero.errors import CheckpointError
 from ds_zero.state import MASTER, PARAM
 
-__all__ = ["Checkpoint", "ChunkReader", "Request", "Want", "open_checkpoint", "other_tags", "resolve_tag"]
+__all__ = ["Checkpoint", "Part", "Request", "Want", "open_checkpoint", "other_tags", "resolve_tag"]
 
 _MAX_IOV = 512
+_WORKERS = 2
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,7 +64,7 @@ class Want:
 
 
 @dataclasses.dataclass(frozen=True)
-class _Part:
+class Part:
     low: int
     high: int
     request: Request
@@ -152,9 +156,11 @@ class Checkpoint:
             target = want.target[span.start - want.start : span.stop - want.start]
             yield Request(span.file, span.offset, dtype, target)
 
-    def fill(self, wants: Iterable[Want], progress: Callable[[int], None] | None = None) -> None:
+    def fill(
+        self, wants: Iterable[Want], progress: Callable[[int], None] | None = None, *, direct: bool = True
+    ) -> None:
         """Read the wanted ranges straight into their targets; errors as `execute`."""
-        self.execute([request for want in wants for request in self._requests(want)], progress)
+        self.execute([request for want in wants for request in self._requests(want)], progress, direct=direct)
 
     def value_key(self, name: str) -> str:
         """Where the parameter's value is: its fp32 master if it was trained, else the parameter itself."""
@@ -183,8 +189,12 @@ class Checkpoint:
         self.execute(requests)
         return found
 
-    def execute(self, requests: Sequence[Request], progress: Callable[[int], None] | None = None) -> None:
+    def execute(
+        self, requests: Sequence[Request], progress: Callable[[int], None] | None = None, *, direct: bool = True
+    ) -> None:
         """Carry out requests, each touched chunk verified; `progress` gets the bytes of each chunk done.
+
+        `direct` False reads what is not cached through the page cache: right when other ranks want the same bytes.
 
         Raises:
             CheckpointError: a file is missing or cut short, or a checksum differs; names file, chunk, found, expected.
@@ -196,17 +206,54 @@ class Checkpoint:
                 by_file.setdefault(request.file, []).append(request)
         self.check_sizes(by_file)
         for file, items in sorted(by_file.items()):
-            record = self.manifest.files[file]
-            path = self.path / record.name
-            fd = os.open(path, os.O_RDONLY)
-            try:
-                reader = ChunkReader(fd, path, record)
-                for index, parts in _parts_by_chunk(_merge_adjacent(items)):
-                    nbytes = reader.read(index, parts)
-                    if progress is not None:
+            chunks = list(_parts_by_chunk(_merge_adjacent(items)))
+            self.read_chunks(file, chunks, progress, direct=direct)
+
+    def read_chunks(
+        self,
+        file: int,
+        chunks: Sequence[tuple[int, Sequence[Part]]],
+        progress: Callable[[int], None] | None = None,
+        *,
+        direct: bool = True,
+        errors: list[CheckpointError] | None = None,
+    ) -> None:
+        """Read and verify chunks of one file; with `errors` a damaged chunk is noted there and the rest still read."""
+        record = self.manifest.files[file]
+        path = self.path / record.name
+        pending = iter(chunks)
+        lock = threading.Lock()
+        failed: list[tuple[int, CheckpointError]] = []
+
+        def body() -> None:
+            scratch = aligned_buffer()
+            while True:
+                with lock:
+                    taken = next(pending, None) if errors is not None or not failed else None
+                if taken is None:
+                    return
+                try:
+                    nbytes = ChunkReader(fd, direct_fd, path, record, scratch).read(*taken)
+                except CheckpointError as error:
+                    failed.append((taken[0], error))
+                    continue
+                if progress is not None:
+                    with lock:
                         progress(nbytes)
-            finally:
-                os.close(fd)
+
+        fd = os.open(path, os.O_RDONLY)
+        direct_fd = open_direct(path, os.O_RDONLY) if direct and len(chunks) > 1 else None
+        try:
+            run_workers([body] * min(_WORKERS, len(chunks)))
+        finally:
+            os.close(fd)
+            if direct_fd is not None:
+                os.close(direct_fd)
+        failed.sort(key=lambda item: item[0])
+        if errors is not None:
+            errors.extend(error for _, error in failed)
+        elif failed:
+            raise failed[0][1]
 
 
 def _read_text(path: Path) -> str:
@@ -243,9 +290,9 @@ def _continues(last: Request, request: Request) -> bool:
     )
 
 
-def _parts_by_chunk(requests: Sequence[Request]) -> Iterator[tuple[int, list[_Part]]]:
+def _parts_by_chunk(requests: Sequence[Request]) -> Iterator[tuple[int, list[Part]]]:
     """Cut requests (sorted by offset) at chunk boundaries; chunks in order, each with its parts."""
-    chunks: dict[int, list[_Part]] = {}
+    chunks: dict[int, list[Part]] = {}
     for request in requests:
         direct = request.target.device.type == "cpu" and request.target.dtype == request.dtype
         direct = direct and request.target.is_contiguous()
@@ -255,34 +302,38 @@ def _parts_by_chunk(requests: Sequence[Request]) -> Iterator[tuple[int, list[_Pa
             low = max(request.offset, index * CHUNK_NBYTES)
             high = min(request.stop, (index + 1) * CHUNK_NBYTES)
             view = None if memory is None else memory[low - request.offset : high - request.offset]
-            chunks.setdefault(index, []).append(_Part(low, high, request, view))
+            chunks.setdefault(index, []).append(Part(low, high, request, view))
     yield from sorted(chunks.items())
 
 
 class ChunkReader:
-    """Reads and verifies chunks of one open shard file."""
+    """Reads and verifies chunks of one open shard file; `scratch` is one aligned chunk of memory."""
 
-    def __init__(self, fd: int, path: Path, record: FileRecord) -> None:
+    def __init__(self, fd: int, direct_fd: int | None, path: Path, record: FileRecord, scratch: memoryview) -> None:
         self._fd = fd
+        self._direct_fd = direct_fd
         self._path = path
         self._record = record
-        self._scratch_tensor = torch.empty(min(CHUNK_NBYTES, max(1, record.nbytes)), dtype=torch.uint8)
-        self._scratch = byte_view(self._scratch_tensor)
+        self._scratch = scratch
 
-    def read(self, index: int, parts: Sequence[_Part] = ()) -> int:
+    def read(self, index: int, parts: Sequence[Part] = ()) -> int:
         """Read chunk `index` into its parts (ascending) and verify it; number of bytes read."""
         begin = index * CHUNK_NBYTES
-        end = min(begin + CHUNK_NBYTES, self._record.nbytes)
-        views = self._direct_views(begin, end, parts)
+        nbytes = min(CHUNK_NBYTES, self._record.nbytes - begin)
+        whole = [self._scratch[:nbytes]]
+        views = self._direct_views(begin, begin + nbytes, parts)
+        if not read_cached(self._fd, whole if views is None else views, begin):
+            if read_direct(self._direct_fd, self._scratch, nbytes, begin):
+                views = None
+            else:
+                self._fill(whole if views is None else views, index, begin)
+        self._verify(whole if views is None else views, index, begin)
         if views is None:
-            self._fill([self._scratch[: end - begin]], index, begin)
             for part in parts:
-                self._convert(part, begin)
-        else:
-            self._fill(views, index, begin)
-        return end - begin
+                self._copy_out(part, begin)
+        return nbytes
 
-    def _direct_views(self, begin: int, end: int, parts: Sequence[_Part]) -> list[memoryview] | None:
+    def _direct_views(self, begin: int, end: int, parts: Sequence[Part]) -> list[memoryview] | None:
         """Buffers that tile the chunk, or None if it must go through scratch."""
         if not parts or len(parts) > _MAX_IOV // 2:
             return None
@@ -315,22 +366,24 @@ class ChunkReader:
                 waiting.pop(0)
             if got:
                 waiting[0] = waiting[0][got:]
+
+    def _verify(self, views: list[memoryview], index: int, begin: int) -> None:
         digest = xxhash.xxh3_64()
         for view in views:
             digest.update(view)
         found, expected = digest.hexdigest(), self._record.chunks[index]
         if found != expected:
             raise CheckpointError(
-                f"{self._path}: chunk {index} (bytes {begin}..{position}) has checksum {found}, expected {expected}; "
-                "the file was changed or damaged after it was written"
+                f"{self._path}: chunk {index} (bytes {begin}..{begin + sum(map(len, views))}) has checksum {found}, "
+                f"expected {expected}; the file was changed or damaged after it was written"
             )
 
-    def _convert(self, part: _Part, begin: int) -> None:
+    def _copy_out(self, part: Part, begin: int) -> None:
+        raw = self._scratch[part.low - begin : part.high - begin]
+        if part.memory is not None:
+            part.memory[:] = raw
+            return
         request = part.request
-        itemsize = request.dtype.itemsize
-        raw = self._scratch_tensor[part.low - begin : part.high - begin]
-        first = (part.low - request.offset) // itemsize
-        count = (part.high - part.low) // itemsize
-        if raw.storage_offset() % itemsize:
-            raw = raw.clone()
-        request.target[first : first + count].copy_(raw.view(request.dtype))
+        first = (part.low - request.offset) // request.dtype.itemsize
+        values = torch.frombuffer(raw, dtype=request.dtype)
+        request.target[first : first + values.numel()].copy_(values)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import logging
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -16,6 +15,7 @@ from typing import Any
 
 import torch
 
+from ds_comm.log import get_logger
 from ds_zero.checkpoint import durable
 from ds_zero.checkpoint.commit import wait_for_pending_saves
 from ds_zero.checkpoint.format import dtype_from_name
@@ -30,7 +30,7 @@ from ds_zero.state import MASTER, PARAM, StateSegment
 
 __all__ = ["LoadedCheckpoint", "load", "state_keys"]
 
-_LOGGER = logging.getLogger(__name__)
+_LOGGER = get_logger(__name__)
 _VALUES = (MASTER, PARAM)
 _MAX_NAMES = 10
 _Source = Checkpoint | UpstreamCheckpoint
@@ -168,7 +168,9 @@ def _load(
         with byte_progress(
             f"loading {checkpoint.tag}", sum(want.target.nbytes for want in wants), peers.rank
         ) as progress:
-            checkpoint.fill(wants, progress)
+            mine = sum(want.target.numel() for want in wants) * peers.size  # do other ranks read the same bytes?
+            stored = sum(p.numel * len(p.keys) for p in checkpoint.manifest.params.values())
+            checkpoint.fill(wants, progress, direct=mine <= 1.5 * stored)
         extra, rank_extra, buffers = _read_extras(checkpoint, peers)
     if not weights_only:
         _load_scalars(checkpoint, targets)

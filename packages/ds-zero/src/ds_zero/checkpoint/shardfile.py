@@ -6,21 +6,19 @@ Vocabulary
 
 A tensor of a segment is named `<key>/<parameter>/<start>-<stop>`; whole tensors are `buffer/<name>`, `extra/...` and
 `rank_extra/...`. Checksums are computed chunk by chunk just before the chunk is written: at 50 GB/s from cache xxh3
-hides behind the copy into the page cache, and no byte is read twice.
+hides behind the copy, and no byte is read twice.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import errno
-import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
-import xxhash
 
-from ds_zero.checkpoint.format import CHUNK_NBYTES, Entry, byte_view, plan_file
+from ds_zero.checkpoint.diskio import write_chunks
+from ds_zero.checkpoint.format import Entry, byte_view, plan_file
 from ds_zero.checkpoint.manifest import FileRecord, KeyRecord, ParamRecord, Span, TensorRecord
 from ds_zero.errors import CheckpointError
 from ds_zero.layout import FROZEN, Piece
@@ -28,7 +26,6 @@ from ds_zero.state import StateSegment
 
 __all__ = ["ShardPlan", "plan_shard", "stream_file", "write_shard"]
 
-_MAX_IOV = 512
 _STAGING_NBYTES = 32 << 20
 
 
@@ -124,59 +121,14 @@ def _memory_of(tensor: torch.Tensor) -> Iterator[memoryview]:
         yield byte_view(tensor[start : start + step].cpu().contiguous())
 
 
-def _chunks(buffers: Iterable[memoryview]) -> Iterator[list[memoryview]]:
-    """Regroup a stream of buffers into lists of exactly CHUNK_NBYTES (the last may be shorter)."""
-    chunk: list[memoryview] = []
-    room = CHUNK_NBYTES
-    for buffer in buffers:
-        position = 0
-        while position < len(buffer):
-            part = buffer[position : position + room]
-            chunk.append(part)
-            position += len(part)
-            room -= len(part)
-            if room == 0:
-                yield chunk
-                chunk, room = [], CHUNK_NBYTES
-    if chunk:
-        yield chunk
-
-
-def _write_all(fd: int, parts: list[memoryview], offset: int) -> None:
-    """Write `parts` one after another at `offset`, whatever the kernel takes at a time."""
-    while parts:
-        written = os.pwritev(fd, parts[:_MAX_IOV], offset)
-        if written == 0:
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        offset += written
-        while parts and written >= len(parts[0]):
-            written -= len(parts[0])
-            parts.pop(0)
-        if written:
-            parts[0] = parts[0][written:]
-
-
-def stream_file(path: Path, buffers: Iterable[memoryview]) -> FileRecord:
+def stream_file(path: Path, buffers: Iterable[memoryview], total_nbytes: int) -> FileRecord:
     """Write a new file from a stream of buffers; its size and the checksum of each chunk. Not yet fsynced."""
-    checksums: list[str] = []
-    offset = 0
-    fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
-    try:
-        for parts in _chunks(buffers):
-            digest = xxhash.xxh3_64()
-            for part in parts:
-                digest.update(part)
-            nbytes = sum(map(len, parts))
-            _write_all(fd, parts, offset)
-            checksums.append(digest.hexdigest())
-            offset += nbytes
-    finally:
-        os.close(fd)
-    return FileRecord(path.name, offset, tuple(checksums))
+    nbytes, checksums = write_chunks(path, buffers, total_nbytes)
+    return FileRecord(path.name, nbytes, checksums)
 
 
 def write_shard(plan: ShardPlan, path: Path) -> FileRecord:
-    """Put the shard into the page cache.
+    """Put the shard into the file: page cache or disk, fsync is still to come.
 
     Raises:
         CheckpointError: the disk is full or cannot be written; names the file and the bytes needed.
@@ -188,6 +140,6 @@ def write_shard(plan: ShardPlan, path: Path) -> FileRecord:
             yield from _memory_of(tensor)
 
     try:
-        return stream_file(path, buffers())
+        return stream_file(path, buffers(), plan.nbytes)
     except OSError as error:
         raise CheckpointError(f"{path}: writing {plan.nbytes} bytes failed: {error.strerror or error}") from error

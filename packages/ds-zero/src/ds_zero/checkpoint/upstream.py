@@ -226,7 +226,9 @@ class UpstreamCheckpoint:
         """ "master" where there is an fp32 master, else "param"."""
         return MASTER if MASTER in self._params[name].fragments else PARAM
 
-    def fill(self, wants: Iterable[Want], progress: Callable[[int], None] | None = None) -> None:
+    def fill(
+        self, wants: Iterable[Want], progress: Callable[[int], None] | None = None, *, direct: bool = False
+    ) -> None:
         """Copy the wanted ranges out of the memory-mapped files."""
         for want in wants:
             stop = want.start + want.target.numel()
