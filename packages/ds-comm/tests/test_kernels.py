@@ -147,4 +147,6 @@ def test_average_divides_once_at_the_end() -> None:
     reduce_rows(rows, out, torch.distributed.ReduceOp.AVG)
     assert torch.equal(out, (reference(rows) / 3).to(torch.bfloat16))
     with pytest.raises(ValueError, match="AVG needs a floating dtype"):
-        reduce_rows(torch.ones(2, 3, dtype=torch.int32), torch.ones(3, dtype=torch.int32), torch.distributed.ReduceOp.AVG)
+        reduce_rows(
+            torch.ones(2, 3, dtype=torch.int32), torch.ones(3, dtype=torch.int32), torch.distributed.ReduceOp.AVG
+        )

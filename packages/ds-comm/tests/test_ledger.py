@@ -86,9 +86,9 @@ def test_table(by_label: bool) -> None:
 
 
 def test_stamps_have_one_size_and_long_ones_still_differ() -> None:
-    stamps = {
-        Entry("reduce_scatter", torch.bfloat16, 1 << 40, "layer." * 30 + str(i), 2).stamp for i in range(5)
-    } | {Entry("all_gather", None, 0, "é" * i, 2).stamp for i in range(100)}
+    stamps = {Entry("reduce_scatter", torch.bfloat16, 1 << 40, "layer." * 30 + str(i), 2).stamp for i in range(5)} | {
+        Entry("all_gather", None, 0, "é" * i, 2).stamp for i in range(100)
+    }
     assert len(stamps) == 105
     assert {len(stamp) for stamp in stamps} == {STAMP_TEXT_NBYTES}
 

@@ -34,7 +34,7 @@ _MARGIN_SECONDS = 30.0
 @dataclass
 class _World:
     initialized: bool = False
-    registered: bool = False
+    pid: int = 0
     watchdog: Watchdog = field(default_factory=Watchdog)
     communicators: dict[dist.ProcessGroup, Communicator] = field(default_factory=dict)
     instances: dict[dist.ProcessGroup, int] = field(default_factory=dict)
@@ -82,8 +82,8 @@ def init_distributed(
         launch = discover(rank, world_size, distributed_port, mpi=auto_mpi_discovery, explicit=init_method is not None)
         _init_torch(backend or device.communication_backend(), init_method, launch)
     _world.initialized = True
-    if not _world.registered:
-        _world.registered = True
+    if _world.pid != os.getpid():
+        _world.pid = os.getpid()
         atexit.register(_leave)
     if dist.get_world_size() > 1:
         communicator()  # every rank is here now: the world can connect at once, and later calls are watched
@@ -176,5 +176,9 @@ def _forget() -> None:
 
 
 def _leave() -> None:
-    """At the interpreter's end: tell the peers. The process group is left to torch, which knows what may block."""
-    _forget()
+    """At the interpreter's end: tell the peers. The process group is left to torch, which knows what may block.
+
+    A forked child (a data loader's worker) ends without a word: the rank it came from is still there.
+    """
+    if os.getpid() == _world.pid:
+        _forget()

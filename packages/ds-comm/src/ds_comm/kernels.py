@@ -81,7 +81,7 @@ def _sum_rows_numba(compiled: ModuleType, rows: Tensor, out: Tensor, accumulate:
 def _sum_rows_torch(rows: Tensor, out: Tensor, accumulate: bool, scale: float) -> None:
     num_rows, width = rows.shape[0], out.numel()
     wide = torch.float32 if rows.dtype in _FLOAT16 else rows.dtype
-    block = min(width, _TORCH_BLOCK)
+    block = min(width, _TORCH_BLOCK) if rows.device.type == "cpu" else width  # an accelerator wants few large kernels
     acc = torch.empty(block, dtype=wide, device=rows.device)
     row_block = torch.empty(block, dtype=wide, device=rows.device) if rows.dtype != wide else None
     for start in range(0, width, block):

@@ -85,11 +85,11 @@ class GlooTransport(TorchTransport):
         own = torch.frombuffer(bytearray(header), dtype=torch.uint8)
         received = torch.empty(self.size * len(header), dtype=torch.uint8)
         dist.all_to_all_single(received, own.repeat(self.size), group=self.group)
-        headers = [bytes(row.tolist()) for row in received.view(self.size, -1)] if self._differ(received, own) else []
-        if not headers:
+        rows = received.view(self.size, -1)
+        if bool((rows == own).all()):
             self._agreed = entry.describe()
             return
-        found = [_HEADER.unpack(raw) for raw in headers]
+        found = [_HEADER.unpack(bytes(row.tolist())) for row in rows]
         ranks = dist.get_process_group_ranks(self.group)
         calls = "; ".join(f"rank {rank}: {describe_stamp(f[2])}" for rank, f in zip(ranks, found, strict=True))
         if len({stamp for _, _, stamp in found}) == 1:
@@ -99,20 +99,15 @@ class GlooTransport(TorchTransport):
             f"{self._agreed}. {SAME_CALLS}"
         )
 
-    def _differ(self, received: Tensor, own: Tensor) -> bool:
-        return not bool((received.view(self.size, -1) == own).all())
-
     # ---- the interface
 
     def run(self, start: Callable[..., Any], entry: Entry) -> None:
         self.submit(lambda: start(async_op=False), entry).wait()
 
     def meet(self, entry: Entry, limit: float | None = None) -> None:
-        self._block_job(self._lane.submit(self._header_only(entry)), entry, limit)
-
-    def _header_only(self, entry: Entry) -> Callable[[], None]:
+        # the exchange of headers that precedes every job is a meeting
         header = _HEADER.pack(self._posted, self._chain, entry.stamp)
-        return lambda: self._compare(header, entry)
+        self._block_job(self._lane.submit(lambda: self._compare(header, entry)), entry, limit)
 
     def delegate(self, start: Callable[..., dist.Work | None], entry: Entry) -> Work:
         return self.submit(lambda: _finish(start(async_op=True)), entry)
