@@ -4,7 +4,7 @@
     backward of an owner  its outputs' gradients arrive: gather its units, release those of the owner before it
     end of micro-batch    release whatever is still gathered
 
-Two notes that explain the rest:
+Three notes that explain the rest:
 
 Note [Recompute]: activation checkpointing runs a forward inside backward. There the unit must stay gathered until the
 backward of the same block is over, so a forward inside backward counts as the beginning of the owner's backward and
@@ -14,7 +14,11 @@ reentrant and non-reentrant checkpointing, frozen parameters included, without s
 Note [Strays]: a parameter may be read outside its owner's forward (torch's MultiheadAttention reads out_proj.weight,
 tied heads read the embedding). Modules hold their parameters in a `WatchedParameters` dict; reading a released one
 while a forward runs gathers its unit on the spot and keeps it until the end of the outermost forward, and again for
-the whole backward.
+the whole backward. So does a module that returns a parameter: its caller will use it.
+
+Note [Enclosing]: an owner that runs other owners inside its forward (a root with parameters of its own) may use its
+parameters before, between and after them. Its units stay gathered until its own forward ends, even if an inner owner
+shares them, and in backward from the arrival of its outputs' gradients to the end.
 """
 
 from __future__ import annotations
@@ -35,10 +39,9 @@ __all__ = ["GatherHooks", "WatchedParameters", "output_tensors"]
 
 
 def output_tensors(value: Any) -> Iterator[Tensor]:
-    """Tensors with a gradient function inside nested tuples, lists, dicts and dataclasses."""
+    """Tensors inside nested tuples, lists, dicts and dataclasses."""
     if isinstance(value, Tensor):
-        if value.grad_fn is not None:
-            yield value
+        yield value
     elif isinstance(value, dict):
         for item in value.values():
             yield from output_tensors(item)
@@ -53,6 +56,16 @@ def output_tensors(value: Any) -> Iterator[Tensor]:
 def in_backward() -> bool:
     """Whether autograd is executing on this thread (a recompute, Note [Recompute])."""
     return bool(torch._C._current_graph_task_id() != -1)
+
+
+class _Forward:
+    """A forward that is running: its owner's units, and whether other owners ran inside it (Note [Enclosing])."""
+
+    __slots__ = ("encloses", "units")
+
+    def __init__(self, units: list[Unit]) -> None:
+        self.units = units
+        self.encloses = False
 
 
 class WatchedParameters(dict[str, Any]):
@@ -86,7 +99,7 @@ class GatherHooks:
         self._config = config
         self._unit_of = unit_of
         self._units = list(dict.fromkeys(unit for _, units in owners for unit in units))
-        self._depth = 0
+        self._running: list[_Forward] = []
         self._gathered_for_backward: list[Unit] = []
         self._strays: dict[Unit, None] = {}
         self._external: dict[nn.Module, dict[Unit, None]] = {}
@@ -115,11 +128,14 @@ class GatherHooks:
         return self._owned.get(id(module), []) + list(self._external.get(module, ()))
 
     def _before_forward(self, module: nn.Module, args: Any) -> None:
-        if self._depth == 0 and not in_backward():
+        if not self._running and not in_backward():
             self._begin_forward()
             self._hints[torch.is_grad_enabled()].restart()
-        self._depth += 1
         units = self._units_for(module)
+        if units:
+            for outer in self._running:
+                outer.encloses = True
+        self._running.append(_Forward(units))
         if in_backward():
             self._before_backward(units, [])
             return
@@ -128,21 +144,27 @@ class GatherHooks:
         self._prefetch()
 
     def _after_forward(self, module: nn.Module, args: Any, output: Any) -> None:
-        self._depth = max(self._depth - 1, 0)
-        units = self._units_for(module)
-        outermost = self._depth == 0 and not in_backward()
-        if torch.is_grad_enabled() and (units or outermost):
-            tensors = list(output_tensors(output))
-            if tensors:
-                self._on_gradient(tensors, units, list(self._strays) if outermost else [])
+        done = self._running.pop() if self._running else _Forward(self._units_for(module))
+        outermost = not self._running and not in_backward()
+        tensors = list(output_tensors(output))
+        parameters = [t for t in tensors if isinstance(t, nn.Parameter)]
+        returned = {unit for p in parameters if (unit := self._unit_of.get(p)) is not None}
+        self._strays.update(dict.fromkeys(returned))
+        if torch.is_grad_enabled() and (done.units or outermost):
+            with_gradient = [t for t in tensors if t.grad_fn is not None]
+            if with_gradient:
+                strays = [*(done.units if done.encloses else ()), *(self._strays if outermost else ())]
+                self._on_gradient(with_gradient, done.units, strays)
         if in_backward():
             return
-        for unit in units:
-            if unit not in self._strays and not self._reused_soon(unit):
+        in_use = {unit for outer in self._running for unit in outer.units}
+        for unit in done.units:
+            if unit not in self._strays and unit not in in_use and not self._reused_soon(unit):
                 unit.release()
         if outermost:
             for unit in self._strays:
-                unit.release()
+                if unit not in returned:  # what the model itself returns stays until the micro-batch ends
+                    unit.release()
             self._strays.clear()
 
     def _reused_soon(self, unit: Unit) -> bool:
@@ -161,7 +183,7 @@ class GatherHooks:
     def _read(self, parameter: nn.Parameter) -> None:
         """A released parameter is read (Note [Strays])."""
         unit = self._unit_of.get(parameter)
-        if unit is None or self._depth == 0 or unit.status is UnitStatus.GATHERED:
+        if unit is None or not self._running or unit.status is UnitStatus.GATHERED:
             return
         self._strays[unit] = None
         self._use(unit)
@@ -189,7 +211,7 @@ class GatherHooks:
         torch.autograd.graph.register_multi_grad_hook(tensors, begin, mode="any")
 
     def _before_backward(self, units: list[Unit], strays: list[Unit]) -> None:
-        keep = {*units, *strays, *self._strays}
+        keep = {*units, *strays, *self._strays, *(unit for forward in self._running for unit in forward.units)}
         for unit in self._gathered_for_backward:
             if unit not in keep:
                 unit.release()
@@ -204,7 +226,7 @@ class GatherHooks:
         self._wait_prefetched(self._prefetched)
         self._strays.clear()
         self._gathered_for_backward.clear()
-        self._depth = 0
+        self._running.clear()
         for unit in self._units:
             unit.release()
 
