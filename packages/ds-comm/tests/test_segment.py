@@ -1,0 +1,46 @@
+"""Nameless shared memory: where it comes from, what forgetting does, what too little of it says."""
+
+from __future__ import annotations
+
+import os
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from ds_comm.transport._segment import PAGE, Arena, NoSpaceError, Segment
+
+
+def test_two_mappings_are_one_memory_and_forgetting_keeps_it() -> None:
+    fd, path = Arena().create(4 * PAGE)
+    first, second = Segment(path, 4 * PAGE, (0, 4 * PAGE)), Segment(path, 4 * PAGE, (0, 0))
+    os.close(fd)
+    tensor = first.tensor(PAGE, (8,), torch.float32)
+    tensor.copy_(torch.arange(8.0))
+    first.words(0, 16)[1] = 77
+    first.forget(0, 4 * PAGE)
+    first.forget(3, 5)
+    assert second.tensor(PAGE, (2, 2), torch.float32, (4, 1)).tolist() == [[0.0, 1.0], [4.0, 5.0]]
+    assert second.words(0, 16)[1] == 77
+    assert tensor.tolist() == list(range(8))
+
+
+def test_a_small_shm_mount_is_no_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Containers have 64 MB of /dev/shm by default; a memfd is bounded by memory alone."""
+    monkeypatch.setattr(os, "statvfs", lambda path: SimpleNamespace(f_bavail=1, f_frsize=PAGE))
+    fd, path = Arena().create(2 * PAGE)
+    assert "memfd" in os.readlink(path)
+    os.close(fd)
+    monkeypatch.setenv("DS_COMM_SHM_DIR", "/dev/shm")
+    with pytest.raises(NoSpaceError, match=r"[0-9,]+ bytes of shared memory are needed, [0-9,]+ are free on /dev/shm"):
+        Arena().create(2 * PAGE)
+
+
+def test_the_limit_counts_what_is_in_use(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DS_COMM_SHM_LIMIT", str(3 * PAGE))
+    arena = Arena()
+    os.close(arena.create(2 * PAGE)[0])
+    with pytest.raises(NoSpaceError, match="left of DS_COMM_SHM_LIMIT"):
+        arena.create(2 * PAGE)
+    arena.used -= 2 * PAGE
+    os.close(arena.create(2 * PAGE)[0])
