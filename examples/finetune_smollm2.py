@@ -101,6 +101,8 @@ def train(args: argparse.Namespace) -> None:
         path, state = engine.load_checkpoint(args.output / "checkpoints")
         if path is None:
             raise SystemExit(f"--resume: no checkpoint in {args.output / 'checkpoints'}")
+        if first:
+            print(f"resumed after step {engine.global_steps} from {path}")
     else:
         state["loss_before"] = evaluate(engine, held_out)
         state["text_before"] = complete(engine, tokenizer, args.prompt)
@@ -108,13 +110,14 @@ def train(args: argparse.Namespace) -> None:
     batches = deepspeed.utils.RepeatingLoader(loader)  # after loading: it continues where the checkpoint was saved
     with Progress(engine, args) as progress:
         while engine.global_steps < args.steps:
+            progress.begin_step()
             loss = torch.zeros((), device=engine.device)
             for _ in range(engine.gradient_accumulation_steps()):
                 micro_loss = forward(engine, next(batches))
                 engine.backward(micro_loss)
                 engine.step()  # acts once per gradient_accumulation_steps calls
                 loss += micro_loss.detach() / engine.gradient_accumulation_steps()
-            progress.step(mean_over_ranks(loss))
+            progress.end_step(mean_over_ranks(loss))
             if engine.global_steps % args.save_every == 0 or engine.global_steps == args.steps:
                 engine.save_checkpoint(args.output / "checkpoints", client_state=state)
 
@@ -123,6 +126,7 @@ def train(args: argparse.Namespace) -> None:
     engine.save_16bit_model(args.output / "model", "model.safetensors")
     if first:
         engine.module.config.save_pretrained(args.output / "model")
+        engine.module.generation_config.save_pretrained(args.output / "model")
         tokenizer.save_pretrained(args.output / "model")
         progress.finish(state, engine.config)
         print(f"\nheld-out loss {state['loss_before']:.3f} -> {state['loss_after']:.3f}")

@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shlex
 import shutil
 import signal
 import subprocess
@@ -45,7 +46,7 @@ def run_demo(script: Path, args: argparse.Namespace) -> None:
     for name in ("checkpoints", "model"):
         shutil.rmtree(output / name, ignore_errors=True)
 
-    options = _script_options(args)
+    options = [option for option in sys.argv[1:] if option != "--demo"]
     console.rule("[bold]1. Train until a rank is killed")
     killed = _launch_and_kill(script, options, output, args.save_every + STEPS_AFTER_SAVE)
     console.rule(f"[bold]2. Resume from {(output / 'checkpoints' / 'latest').read_text().strip()}")
@@ -65,18 +66,11 @@ def run_demo(script: Path, args: argparse.Namespace) -> None:
     _check(agrees, "the exported model generates another text")
 
 
-def _script_options(args: argparse.Namespace) -> list[str]:
-    """The command line of this process without --demo."""
-    names = ("model", "text", "output", "steps", "save_every", "seq_length", "held_out", "prompt")
-    options = [f"--{name.replace('_', '-')}={getattr(args, name)}" for name in names if getattr(args, name) is not None]
-    return [*options, f"--deepspeed_config={args.deepspeed_config}"]
-
-
 def _launch(script: Path, options: list[str]) -> subprocess.Popen[bytes]:
     beside = Path(sys.executable).with_name("deepspeed")
     command = [str(beside)] if beside.exists() else [sys.executable, "-m", "deepspeed.launcher.runner"]
     command += ["--num_gpus", str(NUM_RANKS), "--save_pid", str(script), *options]
-    console.print("$ " + " ".join([Path(command[0]).name, *command[1:]]), style="dim", soft_wrap=True)
+    console.print("$ " + shlex.join([Path(command[0]).name, *command[1:]]), style="dim", soft_wrap=True)
     environ = dict(os.environ)
     if torch.accelerator.device_count() < NUM_RANKS:
         environ["DS_ACCELERATOR"] = "cpu"

@@ -31,7 +31,7 @@ _BARS = "▁▂▃▄▅▆▇█"
 
 
 class Progress:
-    """A context in which `step(loss)` is called after every optimizer step, on every rank."""
+    """A context in which every optimizer step is between `begin_step()` and `end_step(loss)`, on every rank."""
 
     def __init__(self, engine: Any, args: argparse.Namespace) -> None:
         self.engine, self.num_steps, self.output = engine, args.steps, Path(args.output)
@@ -47,7 +47,6 @@ class Progress:
 
     def __enter__(self) -> Progress:
         self.output.mkdir(parents=True, exist_ok=True)
-        self._mark()
         if self.first and self.console.is_terminal:
             self.live.start()
         return self
@@ -57,17 +56,18 @@ class Progress:
     ) -> None:
         self.live.stop()
 
-    def _mark(self) -> None:
-        self._before = (time.perf_counter(), self.ledger.wait_seconds, self._wire_nbytes())
+    def begin_step(self) -> None:
+        self._before = self._now()
+
+    def _now(self) -> tuple[float, float, float]:
+        return time.perf_counter(), self.ledger.wait_seconds, self._wire_nbytes()
 
     def _wire_nbytes(self) -> float:
         return sum(row["wire_nbytes"] for row in self.ledger.summary().values())
 
-    def step(self, loss: float) -> None:
-        """Note one optimizer step."""
-        start, waited, sent = self._before
-        self._mark()
-        seconds = self._before[0] - start
+    def end_step(self, loss: float) -> None:
+        """Note and show what happened since `begin_step`; `loss` is the mean over the ranks."""
+        seconds, waited, sent = (now - before for now, before in zip(self._now(), self._before, strict=True))
         self.losses.append(loss)
         row = {
             "run": self.run,
@@ -77,8 +77,8 @@ class Progress:
             "lr": self.engine.get_lr()[0],
             "seconds": seconds,
             "tokens_per_second": self.tokens_per_step / seconds,
-            "communication": (self._before[1] - waited) / seconds,
-            "wire_nbytes": self._before[2] - sent,
+            "communication": waited / seconds,
+            "wire_nbytes": sent,
             **_memory(self.engine.device),
         }
         if not self.first:
