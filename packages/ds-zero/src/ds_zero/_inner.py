@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim import Adam, AdamW, Optimizer
+from torch.optim import Adagrad, Adam, AdamW, Optimizer
 
 from ds_zero._unit import Unit
 from ds_zero.errors import LayoutError
@@ -60,7 +60,7 @@ class InnerOptimizer:
     """Owns the segments and steps the wrapped optimizer over them."""
 
     def __init__(self, optimizer: Optimizer, units: Sequence[Unit], sub_group_size: int) -> None:
-        if optimizer.state:
+        if any(float(state.get("step", 1)) > 0 for state in optimizer.state.values()):
             raise LayoutError(
                 f"{type(optimizer).__name__} already holds state of {len(optimizer.state)} parameters; shard the model"
                 " before the first step, and load a checkpoint afterwards"
@@ -70,6 +70,14 @@ class InnerOptimizer:
         self.segments = list(_segments(units))
         for index, group in enumerate(optimizer.param_groups):
             group["params"] = [segment.parameter for segment in self.segments if segment.group == index]
+        optimizer.state.clear()
+        if isinstance(optimizer, Adagrad):  # the one torch optimizer that makes its state when it is built
+            for segment in self.segments:
+                initial = self.group_of(segment)["initial_accumulator_value"]
+                optimizer.state[segment.parameter] = {
+                    "step": torch.tensor(0.0),
+                    "sum": torch.full_like(segment.parameter, initial),
+                }
         self._scratch = torch.empty(0)
 
     def group_of(self, segment: MasterSegment) -> dict[str, Any]:

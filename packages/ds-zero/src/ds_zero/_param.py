@@ -188,27 +188,60 @@ class ReleasedParameter(ZeroParameter):
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         with torch._C.DisableTorchFunctionSubclass():
             target = args[0] if args else None
-            if isinstance(target, ReleasedParameter) and _writes(func):
-                record = target._zero_record
-                if not record.write_through():
+            if isinstance(target, ReleasedParameter):
+                if _writes(func):
+                    return _write(target, func, (target, *args[1:]), kwargs or {})
+                if func in _ALIASING:  # `p.data.normal_()` is a write as well
+                    alias = func(*args, **(kwargs or {})).as_subclass(ReleasedData)
+                    alias._parameter = target
+                    return alias
+            return func(*args, **(kwargs or {}))
+
+
+class ReleasedData(Tensor):
+    """`released.data`: an empty tensor that knows whose; in-place writes to it are treated as writes to the parameter."""
+
+    _parameter: ReleasedParameter
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        with torch._C.DisableTorchFunctionSubclass():
+            target = args[0] if args else None
+            if isinstance(target, ReleasedData) and _writes(func):
+                parameter = target._parameter
+                if not isinstance(parameter, ReleasedParameter):
                     raise ZeroStateError(
-                        f"{func.__name__} on a sharded parameter of shape {tuple(record.shape)} whose values are not"
-                        " here; wrap the code in zero.GatheredParameters(params, modifier_rank=0)"
+                        f"{func.__name__} on `.data` that was taken while the parameter was released; take it anew"
                     )
-                hold(target)
-                try:
-                    return func(*args, **(kwargs or {}))
-                finally:
-                    let_go(target, keep=True)
+                _write(parameter, func, (parameter, *args[1:]), kwargs or {})
+                return target
             return func(*args, **(kwargs or {}))
 
 
 HARMLESS = frozenset({"requires_grad_", "retain_grad", "register_hook", "share_memory_", "rename_"})
+OPERATORS = frozenset({"__iadd__", "__isub__", "__imul__", "__itruediv__", "__ipow__", "__setitem__"})
+_ALIASING = (Tensor.data.__get__, Tensor.detach)  # type: ignore[attr-defined]
 
 
 def _writes(func: Any) -> bool:
     name = getattr(func, "__name__", "")
-    return name.endswith("_") and not name.endswith("__") and name not in HARMLESS
+    return name in OPERATORS or (name.endswith("_") and not name.endswith("__") and name not in HARMLESS)
+
+
+def _write(target: ReleasedParameter, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """An in-place write to a released parameter: on the gathered values inside zero.Init, else refused."""
+    record = target._zero_record
+    if not record.write_through():
+        raise ZeroStateError(
+            f"{func.__name__} on a sharded parameter of shape {tuple(record.shape)} whose values are not here;"
+            " wrap the code in zero.GatheredParameters(params, modifier_rank=0)"
+        )
+    hold(target)
+    try:
+        with torch.no_grad():
+            return func(*args, **kwargs)
+    finally:
+        let_go(target, keep=True, source=0)
 
 
 def adopt(parameter: nn.Parameter, shape: torch.Size, home: Home) -> ParamRecord:

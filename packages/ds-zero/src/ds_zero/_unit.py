@@ -26,7 +26,7 @@ from ds_comm import Communicator, Work
 from ds_zero._param import mark_gathered, mark_released
 from ds_zero._storage import ParamStorage, ReplicatedStorage, ShardedStorage
 from ds_zero.errors import ZeroStateError
-from ds_zero.layout import ParamSlot, ShardMap, UnitLayout
+from ds_zero.layout import ParamSlot, Piece, ShardMap, UnitLayout
 
 __all__ = ["GradKind", "Unit", "UnitStatus", "copy_changed"]
 
@@ -88,6 +88,7 @@ class Unit:
         self.grad_kind = GradKind.EMPTY
         self.local: Tensor | None = None
         self.arrived: set[int] = set()
+        self._index = {slot.name: index for index, slot in enumerate(layout.slots)}
         self.held: set[int] = set()
         """Slots whose `param.data` is a private copy, owned by GatheredParameters."""
         self._versions: list[int] = []
@@ -202,23 +203,52 @@ class Unit:
         """Whether autograd has finished every gradient of the unit."""
         return len(self.arrived) == len(self.parameters)
 
-    def collect(self, out: Tensor) -> None:
-        """Move the waiting gradients into `out` (flat, padded); a parameter without one contributes zeros."""
-        for slot, parameter in zip(self.layout.slots, self.parameters, strict=True):
-            target = out[slot.offset : slot.stop]
-            grad = parameter.grad
-            if grad is None:
-                target.zero_()
-                continue
-            if grad.shape != torch.Size(slot.shape):
-                raise ZeroStateError(
-                    f"gradient of {slot.name!r} has shape {tuple(grad.shape)}, expected {slot.shape};"
-                    " was .grad assigned by hand?"
-                )
-            target.view(slot.shape).copy_(grad.to_dense() if grad.is_sparse else grad)
+    def densify(self) -> None:
+        """Make sparse gradients (of embeddings) dense."""
+        for parameter in self.parameters:
+            if parameter.grad is not None and parameter.grad.is_sparse:
+                parameter.grad = parameter.grad.to_dense()
+
+    @property
+    def num_rows(self) -> int:
+        """Rows of the table that buckets cut into columns: one per shard, or one where nothing is sharded."""
+        return self.layout.padded_numel // (self.stop - self.start)
+
+    def collect(self, out: Tensor, columns: slice) -> None:
+        """Copy the waiting gradients of a range of columns into `out`, row by row.
+
+        A parameter without a gradient contributes zeros; so do the gaps of the layout. The gradients stay until
+        `collected`.
+        """
+        width = self.stop - self.start
+        for row, part in enumerate(out.view(self.num_rows, -1)):
+            start = row * width + columns.start
+            filled = 0
+            for piece in self.layout.pieces(start, row * width + columns.stop):
+                part[filled : piece.offset].zero_()
+                filled = piece.offset + piece.numel
+                self._collect_piece(part[piece.offset : filled], piece)
+            part[filled:].zero_()
+            if self.local is not None:
+                part.add_(self.local[start : row * width + columns.stop])
+
+    def _collect_piece(self, out: Tensor, piece: Piece) -> None:
+        grad = self.parameters[self._index[piece.slot.name]].grad
+        if grad is None:
+            out.zero_()
+            return
+        if grad.shape != torch.Size(piece.slot.shape):
+            raise ZeroStateError(
+                f"gradient of {piece.slot.name!r} has shape {tuple(grad.shape)}, expected {piece.slot.shape};"
+                " was .grad assigned by hand?"
+            )
+        out.copy_(grad.reshape(-1)[piece.start : piece.stop])
+
+    def collected(self) -> None:
+        """The waiting gradients have been copied; forget them."""
+        for parameter in self.parameters:
             parameter.grad = None
-        for start, stop in self.layout.gaps:
-            out[start:stop].zero_()
+        self.local = None
         self.arrived.clear()
 
     def collect_local(self) -> None:

@@ -76,6 +76,8 @@ def _scatter(place: Place, own: tuple[int, Tensor] | None, value: Tensor, label:
 
 def _master(place: Place) -> Tensor | None:
     unit = place.unit
+    with torch.no_grad():
+        unit.absorb_edits()
     return unit.master if unit.master is not None else unit.storage.own
 
 
@@ -102,13 +104,17 @@ def _state(place: Place, key: str) -> tuple[int, Tensor] | None:
     slot = unit.layout.slots[place.index]
     low, high = max(unit.start, slot.offset), min(unit.stop, slot.stop)
     if low >= high:
-        return 0, torch.empty(0, device=unit.device)
+        return None
     for segment in optimizer.inner.segments:
         first = unit.start + segment.offset
         if segment.unit is unit and first <= low < first + segment.numel:
             value = optimizer.optimizer.state[segment.parameter].get(key)
             if value is None:
                 return None
+            if not isinstance(value, Tensor) or value.dim() == 0:
+                raise ZeroStateError(
+                    f"optimizer state {key!r} is one number per parameter, not one per element: {value}"
+                )
             return low - slot.offset, value[low - first : high - first]
     return None
 
@@ -148,7 +154,15 @@ def safe_get_full_grad(parameter: nn.Parameter) -> Tensor | None:
 def safe_get_full_optimizer_state(parameter: nn.Parameter, key: str) -> Tensor | None:
     """The full optimizer state `key` ("exp_avg", ...) in fp32; None before it exists."""
     place = place_of(parameter)
-    return None if place is None else _gather(place, _state(place, key), key)
+    if place is None or place.unit.master is None:
+        return None
+    own = _state(place, key)
+    if place.owner.parts.state:  # a rank that owns no element of it cannot know whether it exists
+        exists = torch.tensor([float(own is not None)], device=place.unit.device)
+        place.unit.comm.all_reduce(exists, label=f"whether {key} exists")
+        if float(exists):
+            own = own or (0, torch.empty(0, device=place.unit.device))
+    return _gather(place, own, key)
 
 
 def safe_set_full_fp32_param(parameter: nn.Parameter, value: Tensor) -> None:

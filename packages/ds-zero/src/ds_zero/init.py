@@ -149,6 +149,18 @@ class Init:
                 nn.Module.__init_subclass__ = original  # type: ignore[method-assign]
 
         self._undo.append(restore)
+        plain_apply = nn.Module.apply
+
+        def apply(module: nn.Module, fn: Callable[[nn.Module], None]) -> nn.Module:
+            """As torch's, with each module's own parameters gathered; rank 0's result counts."""
+            for child in module.children():
+                child.apply(fn)
+            with GatheredParameters(module.parameters(recurse=False), modifier_rank=0):
+                fn(module)
+            return module
+
+        nn.Module.apply = apply  # type: ignore[method-assign,assignment]
+        self._undo.append(functools.partial(setattr, nn.Module, "apply", plain_apply))
 
     def _wrap(self, cls: type[nn.Module]) -> None:
         plain = cls.__dict__.get("__init__")

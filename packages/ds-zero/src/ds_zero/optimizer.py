@@ -53,7 +53,6 @@ class ZeroOptimizer(Optimizer):
             sharded.trainable,
             self.comm,
             self.config,
-            shard_grads=sharded.parts.grads,
             shard_state=sharded.parts.state,
         )
         self.inner = InnerOptimizer(optimizer, sharded.trainable, self.config.sub_group_size)
@@ -67,6 +66,7 @@ class ZeroOptimizer(Optimizer):
         self._low_precision = any(unit.layout.dtype != "float32" for unit in sharded.trainable)
         self._sync = True
         self._loss_is_scaled = False
+        self._gradients_arrived = False
         self._hooks = [
             parameter.register_post_accumulate_grad_hook(self._arrival(unit, index))
             for unit in sharded.trainable
@@ -100,6 +100,7 @@ class ZeroOptimizer(Optimizer):
                     f"backward() of an unscaled loss, but this fp16 model trains with loss scale {self.loss_scale:g};"
                     " call optimizer.backward(loss), or optimizer.scale(loss).backward()"
                 )
+            self._gradients_arrived = True
             if self._sync:
                 self.reducer.arrived(unit, index)
 
@@ -146,7 +147,8 @@ class ZeroOptimizer(Optimizer):
             self.reducer.flush()
         else:
             self.reducer.keep_local()
-        self._loss_is_scaled = False
+        if self._gradients_arrived:  # else a scaled loss may still be waiting for its backward
+            self._loss_is_scaled = self._gradients_arrived = False
         self.sharded.end_micro_batch()
 
     def reduce_kept(self) -> None:
@@ -190,7 +192,8 @@ class ZeroOptimizer(Optimizer):
             unit.absorb_edits()
         norm = global_norm(self.sharded.trainable, self.comm, sharded=self.sharded.parts.state) / self.loss_scale
         self.grad_norm = norm
-        self.overflow = self.config.check_nonfinite and not math.isfinite(norm)
+        check = self.config.check_nonfinite or self.scaler.enabled  # a loss scale cannot do without
+        self.overflow = check and not math.isfinite(norm)
         self.step_applied = not self.overflow
         if self.overflow:
             self._skip()
@@ -230,7 +233,7 @@ class ZeroOptimizer(Optimizer):
             logger.warning("step skipped: the gradient of %s holds inf or NaN%s", culprit, then)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """Forget gradients that have not been stepped with."""
+        """Forget gradients that have not been stepped with (collective if a backward has not been ended)."""
         if self.reducer.micro_batches or self.has_gradients():
             self.reducer.clear()
         for unit in self.sharded.trainable:
@@ -250,8 +253,11 @@ class ZeroOptimizer(Optimizer):
 
     # -- state --------------------------------------------------------------------------------------------------
 
+    @torch.no_grad()
     def export_state(self) -> list[StateSegment]:
         """What this rank saves: over all ranks every element once. Tensors alias the live state."""
+        for unit in self.sharded.trainable:
+            unit.absorb_edits()
         return [*self.inner.state_segments(shard_only=True), *self.sharded.parameter_segments()]
 
     def import_targets(self, keys: dict[str, torch.dtype] | None = None) -> list[StateSegment]:
@@ -294,6 +300,7 @@ class ZeroOptimizer(Optimizer):
                 " another layout: use a checkpoint, which loads at any"
             )
         self.optimizer.load_state_dict(state_dict["optimizer_state_dict"])
+        self.param_groups, self.state = self.optimizer.param_groups, self.optimizer.state  # torch replaced both
         for segment, flat in zip(self.inner.segments, flats, strict=True):
             segment.parameter.data.copy_(flat)
         self.scaler.load_state_dict(state_dict["loss_scaler"])

@@ -27,6 +27,7 @@ class LossScaler:
 
     def __init__(self, config: LossScaleConfig, enabled: bool = True) -> None:
         self.config = config
+        self.enabled = enabled
         self.dynamic = enabled and config.loss_scale == 0
         self.scale = 1.0
         if enabled:

@@ -4,10 +4,14 @@ stage 0   nothing is sharded (the one-shard layout)
 stage 1   optimizer state       Rajbhandari et al. 2020, "ZeRO: Memory Optimizations Toward Training Trillion
 stage 2   + gradients           Parameter Models"
 stage 3   + parameters
+
+Stages 1 and 2 are one layout here: gradients are reduced unit by unit as they come, so the full gradient that stage 1
+is allowed to keep never exists.
 """
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable
 from typing import Any
 
@@ -19,14 +23,16 @@ from ds_zero.blocks import find_blocks
 from ds_zero.config import ZeroConfig
 from ds_zero.errors import LayoutError
 from ds_zero.optimizer import ZeroOptimizer, trainable_parameters
-from ds_zero.sharded import ShardedModel, StageParts
+from ds_zero.sharded import ShardedModel, StageParts, place_of
 
 __all__ = ["shard", "sharded_of"]
+
+logger = logging.getLogger(__name__)
 
 
 def stage_parts(stage: int) -> StageParts:
     """What each stage shards."""
-    return StageParts(state=stage >= 1, grads=stage >= 2, params=stage >= 3)
+    return StageParts(state=stage >= 1, params=stage >= 3)
 
 
 def shard(
@@ -58,6 +64,8 @@ def shard(
     settings = config if isinstance(config, ZeroConfig) else ZeroConfig(**(config or {}))
     if sharded_of(model) is not None:
         raise LayoutError("this model is sharded already; shard it once, or close() the first optimizer")
+    if any(place_of(p) is not None for p in model.parameters()):
+        raise LayoutError("the model shares parameters with another sharded model; shard the module that holds both")
     ds_comm.init_distributed()
     comm = ds_comm.communicator(group)
     groups = {} if optimizer is None else trainable_parameters(optimizer.param_groups)
@@ -95,4 +103,11 @@ def _check_known(model: nn.Module, optimizer: Optimizer | None, groups: dict[nn.
         raise LayoutError(
             f"{len(strange)} parameters of {type(optimizer).__name__} are not in the model, first of shape"
             f" {strange[0]}; build the optimizer from this model's parameters()"
+        )
+    idle = [name for name, p in model.named_parameters() if p.requires_grad and p not in groups]
+    for name in idle:
+        model.get_parameter(name).requires_grad_(False)
+    if idle:
+        logger.warning(
+            "%d parameters that %s does not hold are frozen, first %s", len(idle), type(optimizer).__name__, idle[0]
         )

@@ -20,6 +20,7 @@ from ds_zero._param import adopt, mark_gathered, mark_released, record_of
 from ds_zero._unit import Unit, UnitStatus
 from ds_zero.blocks import Block
 from ds_zero.config import ZeroConfig
+from ds_zero.errors import LayoutError, ZeroStateError
 from ds_zero.layout import FROZEN, ParamSpec, ShardMap, plan_shard_map
 from ds_zero.precision import DTYPES, dtype_name
 from ds_zero.state import PARAM, StateSegment
@@ -32,7 +33,7 @@ class StageParts:
     """What of a unit is sharded. The number of the stage is not known beyond this."""
 
     state: bool
-    grads: bool
+    """Masters, optimizer state, and reduced gradients (which exist only as the shard that updates the state)."""
     params: bool
 
 
@@ -87,6 +88,28 @@ class UnitHome:
             mark_released(parameter)
 
 
+class SpentHome:
+    """Home of a parameter on its way from zero.Init's slice, freed already, into its unit."""
+
+    available = False
+
+    def __init__(self, comm: Communicator) -> None:
+        self.comm = comm
+        self.shard = torch.empty(0)
+
+    def fetch(self) -> Tensor:
+        raise ZeroStateError("this parameter was lost when shard() failed; build the model anew")
+
+    def store(self, value: Tensor) -> None:
+        self.fetch()
+
+    def hold(self, held: bool) -> None:
+        return None
+
+    def restore(self, parameter: nn.Parameter) -> None:
+        return None
+
+
 class ShardedModel:
     """Units and hooks of one model. See `shard()` for the arguments' meaning."""
 
@@ -105,6 +128,7 @@ class ShardedModel:
         self.comm = comm
         self.parts = parts
         self._names = _names(model)
+        _refuse_shared_memory(self._names)
         by_name = {names[0]: parameter for parameter, names in self._names.items()}
         self.shard_map: ShardMap = plan_shard_map(
             [(block.name, [self._spec(p, groups) for p in block.parameters]) for block in blocks],
@@ -140,6 +164,10 @@ class ShardedModel:
         record = record_of(parameter)
         names = self._names[parameter]
         dtype = parameter.dtype
+        if parameter.requires_grad and dtype == torch.float64 and self.config.dtype is None and groups:
+            raise LayoutError(
+                f"parameter {names[0]!r} is float64, but masters are fp32; set dtype='fp32' or call model.float() first"
+            )
         if self.config.dtype is not None and dtype.is_floating_point:
             dtype = DTYPES[self.config.dtype]
         group = groups.get(parameter, FROZEN) if parameter.requires_grad else FROZEN
@@ -183,6 +211,7 @@ class ShardedModel:
                 value = parameter.data
             else:
                 value = record.home.fetch()
+                record.home = SpentHome(self.comm)
             parameter.data = torch.empty(0, dtype=unit.storage.full.dtype, device=unit.device)
             return value
 
@@ -275,11 +304,25 @@ class ShardedModel:
 
 
 def _names(model: nn.Module) -> dict[nn.Parameter, list[str]]:
-    """Parameter -> all its names, ties found by identity and by storage."""
+    """Parameter -> all its names; ties are found by identity."""
     found: dict[nn.Parameter, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         found.setdefault(parameter, []).append(name)
     return found
+
+
+def _refuse_shared_memory(names: dict[nn.Parameter, list[str]]) -> None:
+    """Two Parameter objects over the same memory are no tie to torch (two gradients, two updates), and none to us."""
+    seen: dict[tuple[torch.device, int], str] = {}
+    for parameter, (name, *_) in names.items():
+        if record_of(parameter) is not None or not parameter.numel() or parameter.device.type == "meta":
+            continue
+        other = seen.setdefault((parameter.device, parameter.data_ptr()), name)
+        if other != name:
+            raise LayoutError(
+                f"parameters {other!r} and {name!r} are two Parameter objects over the same memory; tie them by giving both"
+                " modules the same Parameter"
+            )
 
 
 def _merge(owners: list[tuple[nn.Module, list[Unit]]]) -> list[tuple[nn.Module, list[Unit]]]:

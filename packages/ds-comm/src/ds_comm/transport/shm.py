@@ -196,12 +196,15 @@ class ShmTransport(Transport):
             self.fallback().all_gather(out, inp, entry)
             return
         targets = out.view(self.size, -1)
+        in_place = targets[self.rank].data_ptr() == inp.data_ptr()
+        readers = [rank for rank in range(self.size) if not (in_place and rank == self.rank)]
         start = 0
         for chunk in inp.split(_SCRATCH_NBYTES // inp.itemsize):
             rows = self._side(chunk)
             rows[self.rank].copy_(chunk)
             self.meet(entry)
-            targets[:, start : start + chunk.numel()].copy_(rows)
+            for rank in readers:
+                targets[rank, start : start + chunk.numel()].copy_(rows[rank])
             start += chunk.numel()
 
     def reduce_scatter(self, out: Tensor, inp: Tensor, op: dist.ReduceOp.RedOpType, entry: Entry) -> None:
