@@ -22,8 +22,14 @@ def check(name: str, ranks: int, *, total: int | None = None, exact_torch: bool 
     (single, found) = run_ranks(z.all_stages, 1, name, (0, 3), total=total, **options)[0]
     assert not found, found
     results = [result for result, _ in many]
-    assert not z.differences(results[0], single)
-    assert z.merged_losses(results, STEPS) == single["losses"]
+    if total == ranks:
+        assert not z.differences(results[0], single)
+        assert z.merged_losses(results, STEPS) == single["losses"]
+    else:  # ranks and accumulation: the sum over ranks of each micro-batch is one term, an order one rank does not have
+        bound = 2e-5 if options.get("dtype") is None else 2e-2
+        for name_, value in single["values"].items():
+            torch.testing.assert_close(results[0]["values"][name_], value, rtol=bound, atol=bound)
+        torch.testing.assert_close(z.merged_losses(results, STEPS), single["losses"], rtol=bound, atol=bound)
     if exact_torch:
         plain = z.reference(
             name,

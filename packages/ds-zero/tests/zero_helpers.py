@@ -275,6 +275,7 @@ def train(
     """Train with this rank's share of `total` micro-batches per step (default: one per rank).
 
     Micro-batch m of a step goes to rank m // (total / ranks): rank order is micro-batch order.
+    `announce=False` leaves gradient_accumulation_steps at 1: gradients are summed over the micro-batches, as in torch.
     """
     ranks, rank = ds_comm.get_world_size(), ds_comm.get_rank()
     total = total or ranks
@@ -338,20 +339,23 @@ def reference(
     scheduler = torch.optim.lr_scheduler.ExponentialLR(inner, 0.7) if schedule else None
     losses, norms = [], []
     for step in range(steps):
+        sums: dict[nn.Parameter, Tensor] = {}
         for micro in range(total):
             index = step * total + micro
             torch.manual_seed(index)
             loss = model(batch(index), step)
             losses.append(loss.item())
             loss.backward()
+            for parameter in model.parameters():
+                if parameter.grad is not None:  # summed densely: a sparse sum is taken in another order
+                    sums[parameter] = sums[parameter] + parameter.grad.to_dense() if parameter in sums else parameter.grad.to_dense()
+                    parameter.grad = None
         grads = []
         for parameter, master in masters.items():
             if parameter.requires_grad:
-                grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
-                grads.append((grad.to_dense() if grad.is_sparse else grad).mul_(1.0 / total))
+                grads.append(sums.get(parameter, torch.zeros_like(parameter)) * (1.0 / total))
                 master.grad = torch.zeros_like(master)
-                master.grad[: grad.numel()] = grads[-1].flatten()
-                parameter.grad = None
+                master.grad[: parameter.numel()] = grads[-1].flatten()
         norm = float(torch.stack([g.double().square().sum() for g in grads]).sum().sqrt().float())
         norms.append(norm)
         if clip:

@@ -252,21 +252,25 @@ class GatheredParameters:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         keep = self._modifier_rank is not None and error is None
-        lost = []
+        wrong = []
         for parameter, version, device in self._held:
-            if error is None and parameter.device != device:
-                raise ZeroStateError(
-                    f"a gathered parameter was moved from {device} to {parameter.device}; leave it where it is"
+            record = record_of(parameter)
+            assert record is not None
+            moved = parameter.shape != record.shape or parameter.device != device
+            if moved:
+                wrong.append(
+                    f"one of shape {tuple(record.shape)} on {device} was left as {tuple(parameter.shape)} on"
+                    f" {parameter.device}; keep its shape and device"
                 )
-            if not keep and parameter._version != version:
-                lost.append(tuple(parameter.shape))
-            let_go(parameter, keep=keep, source=self._modifier_rank)
+            elif self._modifier_rank is None and parameter._version != version:
+                wrong.append(
+                    f"one of shape {tuple(record.shape)} was written although modifier_rank is None, which keeps nothing;"
+                    " pass modifier_rank=0 and write on that rank"
+                )
+            let_go(parameter, keep=keep and not moved, source=self._modifier_rank)
         self._held.clear()
-        if lost and error is None:
-            raise ZeroStateError(
-                f"parameters of shapes {lost[:5]} were written inside GatheredParameters(modifier_rank=None), which"
-                " keeps nothing; pass modifier_rank=0 and write on that rank"
-            )
+        if wrong and error is None:
+            raise ZeroStateError(f"GatheredParameters: {len(wrong)} parameters were changed unduly: {wrong[0]}")
 
 
 def register_external_parameter(module: nn.Module, parameter: Tensor) -> None:
