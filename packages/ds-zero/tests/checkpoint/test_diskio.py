@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import itertools
 import os
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,7 @@ def data() -> bytes:
 
 def check(path: Path, data: bytes) -> None:
     cuts = [0, 3, 5_000_000, 5_000_001, 30_000_000, SIZE]
-    buffers = [memoryview(data)[a:b] for a, b in zip(cuts, cuts[1:], strict=False)]
+    buffers = [memoryview(data)[a:b] for a, b in itertools.pairwise(cuts)]
     nbytes, checksums = diskio.write_chunks(path, buffers, SIZE)
     assert nbytes == SIZE
     assert path.read_bytes() == data

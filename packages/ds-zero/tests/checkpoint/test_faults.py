@@ -229,6 +229,34 @@ def test_a_rank_that_never_comes_is_named(tmp_path: Path, monkeypatch: pytest.Mo
     assert not (tmp_path / "t").exists()
 
 
+def test_a_rank_that_died_is_named_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = os.fsync
+    release = time.monotonic() + 3.0
+
+    def slow(fd: int) -> None:
+        while "shard_00001" in os.readlink(f"/proc/self/fd/{fd}") and time.monotonic() < release:
+            time.sleep(0.02)
+        real(fd)
+
+    monkeypatch.setattr(os, "fsync", slow)
+    monkeypatch.setattr(durable, "is_alive", lambda host, pid, ticks: False)
+    results = save_on_threads(tmp_path, "t", 2, timeout=600)
+    assert "rank 1 ended before the save was complete" in str(results[0])
+    assert not (tmp_path / "t").exists()
+
+
+def test_life_and_death_of_processes() -> None:
+    host, pid, ticks = durable.process_identity()
+    assert durable.is_alive(host, pid, ticks)
+    assert not durable.is_alive(host, pid, ticks + 1)  # the same pid, another process
+    assert durable.is_alive("elsewhere", pid, ticks + 1)
+    child = subprocess.Popen(["true"])
+    os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOWAIT)
+    assert not durable.is_alive(host, child.pid, 1)  # a zombie
+    child.wait()
+    assert not durable.is_alive(host, child.pid, 1)
+
+
 def test_two_step_replacement_survives_a_reader(two: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Without RENAME_EXCHANGE: between the two renames the old content is still found, and a crash there heals."""
     monkeypatch.setattr(durable, "_exchange", lambda first, second: False)

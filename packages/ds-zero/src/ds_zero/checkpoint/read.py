@@ -4,10 +4,11 @@ Vocabulary
     request   elements of the stored bytes that go to one contiguous 1-D tensor.
     part      what of a request lies in one chunk.
 
-A chunk that the page cache holds is read with one `preadv`, its parts directly into their tensors and the bytes nobody
-asked for into scratch, and hashed while still in the processor's cache. A chunk that must come from the disk goes past
-the page cache through scratch, as does one whose dtype differs, whose tensor is not on the CPU, or whose parts overlap. Two
-workers take turns, so that one hashes and copies while the other waits for the disk; extra memory is two chunks.
+A chunk that the page cache holds is read with one `preadv`, its parts directly into their tensors and the bytes
+nobody asked for into scratch, and hashed while still in the processor's cache. A chunk that must come from the disk
+goes past the page cache through scratch, as does one whose dtype differs, whose tensor is not on the CPU, or whose
+parts overlap. Two workers take turns, so that one hashes and copies while the other waits for the disk; extra memory
+is two chunks.
 """
 
 from __future__ import annotations
