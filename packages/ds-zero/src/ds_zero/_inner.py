@@ -194,7 +194,7 @@ class InnerOptimizer:
             for key, value in self.optimizer.state.get(segment.parameter, {}).items():
                 if isinstance(value, Tensor) and value.shape == segment.parameter.shape:
                     tensors[key] = value[part]
-                elif isinstance(value, Tensor) or isinstance(value, (int, float)):
+                elif isinstance(value, (Tensor, int, float)):
                     scalars[key] = float(value)
             found.append(StateSegment(unit.layout, segment.group, start, stop - start, tensors, scalars))
         return found

@@ -137,7 +137,7 @@ class GradientReducer:
             )
 
     def _launch(self, unit: Unit) -> None:
-        """Start reducing a unit, bucket by bucket, into `unit.grad`: straight to the mean, or adding to the fp32 sum."""
+        """Start reducing a unit, bucket by bucket, into `unit.grad`: straight to the mean, or onto the fp32 sum."""
         if unit.grad_kind is GradKind.MEAN:
             self._promote(unit)
         accumulate = unit.grad_kind is GradKind.SUM

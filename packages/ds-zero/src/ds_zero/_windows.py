@@ -11,6 +11,7 @@ import collections
 import dataclasses
 
 import torch
+
 from ds_comm import Communicator, ReduceWindow, Work
 
 __all__ = ["WindowRing"]
