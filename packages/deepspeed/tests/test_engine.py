@@ -183,10 +183,10 @@ def test_no_sync_and_coalescing_at_every_stage(stage: int) -> None:
 
 def test_step_without_backward() -> None:
     engine = make_engine(make_config(2))
-    with pytest.raises(RuntimeError, match="without engine.backward"):
+    with pytest.raises(RuntimeError, match=r"without engine\.backward"):
         engine.step()
     train(engine, range(1))
-    with pytest.raises(RuntimeError, match="without engine.backward"):
+    with pytest.raises(RuntimeError, match=r"without engine\.backward"):
         engine.step()
 
 

@@ -2,7 +2,8 @@
 
 Saved besides weights and optimizer state: counters, scheduler, loss scaler, param-group settings, data cursor, each
 rank's RNG states, the model's persistent buffers, and the client's state. Resuming at the same number of ranks is
-exact; at another number RNG states are seeded anew and the data cursor is the caller's affair.
+exact; at another number RNG states stay as they are. Training goes on at the beginning of an accumulation: gradients
+that have not been stepped with are no part of a checkpoint.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ __all__ = [
     "without_frozen",
 ]
 
-COUNTERS = ("global_steps", "global_samples", "micro_steps", "skipped_steps")
+COUNTERS = ("global_steps", "global_samples", "skipped_steps")
 IMPLEMENTATION = {"capturable", "differentiable", "foreach", "fused"}
 """Settings of a param group that say how, not what: they stay as the live optimizer has them."""
 
@@ -46,6 +47,7 @@ Tag = str | int | os.PathLike[str] | None
 class EngineState(EngineView, Protocol):
     """The part of an engine that a checkpoint holds. `pending_save` is the save that is not durable yet."""
 
+    micro_steps: int
     module: nn.Module
     sharded: ds_zero.ShardedModel
     lr_scheduler: Any
@@ -53,6 +55,8 @@ class EngineState(EngineView, Protocol):
     data_parallel_group: Any
     callbacks: CallbackList
     pending_save: Any
+
+    def gradient_accumulation_steps(self) -> int: ...
 
     def zero_optimization_stage(self) -> int: ...
 
@@ -78,6 +82,10 @@ def save(
     tag = f"global_step{engine.global_steps}" if tag is None else str(tag)
     optimizer = engine.optimizer
     training = isinstance(optimizer, ds_zero.ZeroOptimizer)
+    if training and optimizer.has_gradients():
+        logger.warning(
+            "checkpoint %s inside an accumulation: the gradients since the last step are not part of it", tag
+        )
     segments = optimizer.export_state() if training else engine.sharded.parameter_segments()
     pending = store.save(
         directory,
@@ -237,6 +245,7 @@ def _state_keys(
 ) -> dict[str, torch.dtype]:
     """States that the optimizer must have memory for before the load (collective: rank 0 moves `latest` last)."""
     wait(engine)
+    store.wait_for_pending_saves()  # of other engines
     ds_comm.barrier(engine.data_parallel_group, label=f"load_checkpoint {tag}: the last save is done")
     try:
         return store.state_keys(directory, tag, allow_pickle=allow_pickle)
@@ -248,6 +257,7 @@ def _load_progress(engine: EngineState, loaded: store.LoadedCheckpoint) -> None:
     """Counters, random numbers and data cursor."""
     for name, value in loaded.extra.get("counters", {}).items():
         setattr(engine, name, value)
+    engine.micro_steps = engine.global_steps * engine.gradient_accumulation_steps()
     if loaded.rank_extra is not None:
         _set_rng_state(loaded.rank_extra["rng"])
     elif ds_comm.get_rank(engine.data_parallel_group) == 0:
