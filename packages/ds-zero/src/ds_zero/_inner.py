@@ -14,8 +14,9 @@ Two ways to step, one result per optimizer:
 
 from __future__ import annotations
 
+import collections
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -67,6 +68,7 @@ class InnerOptimizer:
             )
         self.optimizer = optimizer
         self.sub_group_size = sub_group_size
+        self._units = list(units)
         self.segments = list(_segments(units))
         for index, group in enumerate(optimizer.param_groups):
             group["params"] = [segment.parameter for segment in self.segments if segment.group == index]
@@ -96,15 +98,23 @@ class InnerOptimizer:
             for group in self.optimizer.param_groups
         )
 
-    def step(self, coefficient: float) -> None:
-        """Update every master from `coefficient * unit.grad` and cast it into the unit's own parameters."""
+    def step(self, coefficient: float, publish: Callable[[Unit], None]) -> None:
+        """Update every master from `coefficient * unit.grad`, cast it into the unit's own parameters, publish the unit.
+
+        The fused way publishes each unit right after its update, while its parameters are in the cache.
+        """
         if self.fused:
-            for segment in self.segments:
-                self._fused_step(segment, coefficient)
+            segments = collections.deque(self.segments)
+            for unit in self._units:
+                while segments and segments[0].unit is unit:
+                    self._fused_step(segments.popleft(), coefficient)
+                publish(unit)
             self.optimizer._opt_called = True  # type: ignore[attr-defined]  # what torch's schedulers look for
         else:
             for tile in self._tiles():
                 self._generic_step(tile, coefficient)
+            for unit in self._units:
+                publish(unit)
 
     # -- fused ---------------------------------------------------------------------------------------------------
 

@@ -198,9 +198,8 @@ class ZeroOptimizer(Optimizer):
         if self.overflow:
             self._skip()
         else:
-            self.inner.step(self._coefficient(norm))
-            for unit in self.sharded.trainable:
-                unit.publish(self.config.allgather_bucket_size)
+            bucket = self.config.allgather_bucket_size
+            self.inner.step(self._coefficient(norm), publish=lambda unit: unit.publish(bucket))
             self.scaler.update(overflow=False)
         self.reducer.clear()
         return loss
@@ -234,8 +233,7 @@ class ZeroOptimizer(Optimizer):
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Forget gradients that have not been stepped with (collective if a backward has not been ended)."""
-        if self.reducer.micro_batches or self.has_gradients():
-            self.reducer.clear()
+        self.reducer.clear()
         for unit in self.sharded.trainable:
             for parameter in unit.parameters:
                 parameter.grad = None
