@@ -83,9 +83,7 @@ def save(
     optimizer = engine.optimizer
     training = isinstance(optimizer, ds_zero.ZeroOptimizer)
     if training and optimizer.has_gradients():
-        logger.warning(
-            "checkpoint %s inside an accumulation: the gradients since the last step are not part of it", tag
-        )
+        logger.warning("checkpoint %s inside an accumulation: gradients since the last step are not part of it", tag)
     segments = optimizer.export_state() if training else engine.sharded.parameter_segments()
     pending = store.save(
         directory,

@@ -146,7 +146,10 @@ def _open(root: Path, tag: str | None, allow_pickle: bool | None) -> _Source | N
     if named and is_upstream(root / named):
         return UpstreamCheckpoint(root, named, allow_pickle)
     found = resolve_tag(root, tag)
-    return None if found is None else Checkpoint(root, found)
+    if found is None:
+        return None
+    with _naming_alternatives(root, found):
+        return Checkpoint(root, found)
 
 
 def _load(
@@ -164,7 +167,7 @@ def _load(
     if text:
         _LOGGER.warning("%s: %s", checkpoint.path, text)
     wants = list(_wants(checkpoint, targets, weights_only))
-    with _naming_alternatives(checkpoint):
+    with _naming_alternatives(checkpoint.directory, checkpoint.tag):
         with byte_progress(
             f"loading {checkpoint.tag}", sum(want.target.nbytes for want in wants), peers.rank
         ) as progress:
@@ -201,11 +204,11 @@ def _read_extras(
 
 
 @contextlib.contextmanager
-def _naming_alternatives(checkpoint: _Source) -> Iterator[None]:
+def _naming_alternatives(directory: Path, tag: str) -> Iterator[None]:
     try:
         yield
     except CheckpointError as error:
-        raise CheckpointError(f"{error}; {other_tags(checkpoint.directory, checkpoint.tag)}") from error
+        raise CheckpointError(f"{error}; {other_tags(directory, tag)}") from error
 
 
 def compare(
