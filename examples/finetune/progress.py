@@ -107,7 +107,9 @@ class Progress:
             f"{row['wire_nbytes'] / 1e6:,.0f} MB per step",
             f"{row['memory_nbytes'] / 1e9:.2f} GB, peak {row['peak_nbytes'] / 1e9:.2f}",
         )
-        return Group(ProgressBar(total=self.num_steps, completed=row["step"]), table, sparkline(self.losses[-100:]))
+        return Group(
+            ProgressBar(total=self.num_steps, completed=row["step"], width=60), table, sparkline(self.losses[-100:])
+        )
 
     def finish(self, state: dict[str, Any], config: dict[str, Any]) -> None:
         """Leave what the report needs besides the steps; on the first rank."""
