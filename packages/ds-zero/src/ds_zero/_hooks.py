@@ -12,8 +12,8 @@ does not release; the release comes with the next owner's backward or with the e
 reentrant and non-reentrant checkpointing, frozen parameters included, without special cases.
 
 Note [Strays]: a parameter may be read outside its owner's forward (torch's MultiheadAttention reads out_proj.weight,
-tied heads read the embedding). Modules hold their parameters in a `WatchedParameters` dict; reading a released one
-while a forward runs gathers its unit on the spot and keeps it until the end of the outermost forward, and again for
+tied heads read the embedding). Modules hold their parameters in a `WatchedParameters` dict; reading one whose owner
+does not run, while another forward does, gathers its unit on the spot and keeps it until the end of the outermost forward, and again for
 the whole backward. So does a module that returns a parameter: its caller will use it.
 
 Note [Enclosing]: an owner that runs other owners inside its forward (a root with parameters of its own) may use its
@@ -77,7 +77,7 @@ class WatchedParameters(dict[str, Any]):
 
     def __getitem__(self, key: str) -> Any:
         value = super().__getitem__(key)
-        if value is not None and value.numel() == 0:
+        if value is not None:
             self._on_read(value)
         return value
 
@@ -181,9 +181,11 @@ class GatherHooks:
         return False
 
     def _read(self, parameter: nn.Parameter) -> None:
-        """A released parameter is read (Note [Strays])."""
+        """A parameter is read (Note [Strays]); it may be gathered already, but on its way or about to be released."""
+        if not self._running:
+            return
         unit = self._unit_of.get(parameter)
-        if unit is None or not self._running or unit.status is UnitStatus.GATHERED:
+        if unit is None or unit in self._strays or any(unit in forward.units for forward in self._running):
             return
         self._strays[unit] = None
         self._use(unit)
