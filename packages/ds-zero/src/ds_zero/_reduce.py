@@ -34,6 +34,9 @@ __all__ = ["GradientReducer"]
 SHM_BUCKET_NUMEL = 1 << 20
 """Largest bucket in shared memory: meetings are cheap there, and windows are memory."""
 
+SHM_DEPTH = 8
+"""Buckets that a rank may run ahead in shared memory, about two transformer blocks; elsewhere a bucket is a whole unit."""
+
 CHUNK_NUMEL = 1 << 18
 """Elements worked on at a time, so that passes over a gradient stay in the cache."""
 
@@ -74,7 +77,7 @@ class GradientReducer:
         self._turn = 0
         self._started = False
         self._observed: list[Unit] | None = []
-        self._ring = WindowRing(comm)
+        self._ring = WindowRing(comm, SHM_DEPTH if comm.kind == "shm" else 2)
 
     # -- a micro-batch -----------------------------------------------------------------------------------------
 

@@ -1,8 +1,8 @@
 """The ring of reduce windows, and the reductions under way in them.
 
-Windows are kept by (elements, dtype), `DEPTH` of each, used in turn. Taking one finishes the reduction that last used
+Windows are kept by (elements, dtype), `depth` of each, used in turn. Taking one finishes the reduction that last used
 it, and waits until every rank has read it. Since all ranks take windows in the same order (the plan), a window is the
-same piece of the ring on every rank, and a rank can be `DEPTH` buckets ahead of the slowest before it waits.
+same piece of the ring on every rank, and a rank can be `depth` buckets ahead of the slowest before it waits.
 """
 
 from __future__ import annotations
@@ -16,10 +16,6 @@ from ds_comm import Communicator, ReduceWindow, Work
 
 __all__ = ["WindowRing"]
 
-DEPTH = 8
-"""How far ahead of the slowest rank one may run; a few megabytes each in shared memory."""
-
-
 @dataclasses.dataclass
 class _Slot:
     window: ReduceWindow
@@ -29,15 +25,16 @@ class _Slot:
 class WindowRing:
     """Owns the windows of one reducer."""
 
-    def __init__(self, comm: Communicator) -> None:
+    def __init__(self, comm: Communicator, depth: int) -> None:
         self._comm = comm
+        self._depth = depth
         self._rings: dict[tuple[int, torch.dtype], collections.deque[_Slot]] = {}
         self._under_way: collections.deque[_Slot] = collections.deque()
 
     def take(self, numel: int, dtype: torch.dtype, device: torch.device) -> ReduceWindow:
         """A window of `numel` elements that may be written now (collective when it is made)."""
         ring = self._rings.setdefault((numel, dtype), collections.deque())
-        if len(ring) < DEPTH:
+        if len(ring) < self._depth:
             window = self._comm.reduce_window(numel, dtype, device=device, label=f"gradient window of {numel} {dtype}")
             ring.append(_Slot(window))
         else:
