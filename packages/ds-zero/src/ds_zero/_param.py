@@ -187,10 +187,10 @@ class ReleasedParameter(ZeroParameter):
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         with torch._C.DisableTorchFunctionSubclass():
-            target = args[0] if args else None
+            target = _target(args, kwargs)
             if isinstance(target, ReleasedParameter):
                 if _writes(func):
-                    return _write(target, func, (target, *args[1:]), kwargs or {})
+                    return _write(target, func, args, kwargs or {})
                 if func in _ALIASING:  # `p.data.normal_()` is a write as well
                     alias = func(*args, **(kwargs or {})).as_subclass(ReleasedData)
                     alias._parameter = target
@@ -206,14 +206,15 @@ class ReleasedData(Tensor):
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         with torch._C.DisableTorchFunctionSubclass():
-            target = args[0] if args else None
+            target = _target(args, kwargs)
             if isinstance(target, ReleasedData) and _writes(func):
                 parameter = target._parameter
                 if not isinstance(parameter, ReleasedParameter):
                     raise ZeroStateError(
                         f"{func.__name__} on `.data` that was taken while the parameter was released; take it anew"
                     )
-                _write(parameter, func, (parameter, *args[1:]), kwargs or {})
+                swap = {"tensor": parameter} if not args else {}
+                _write(parameter, func, (parameter, *args[1:]) if args else (), {**(kwargs or {}), **swap})
                 return target
             return func(*args, **(kwargs or {}))
 
@@ -221,6 +222,11 @@ class ReleasedData(Tensor):
 HARMLESS = frozenset({"requires_grad_", "retain_grad", "register_hook", "share_memory_", "rename_"})
 OPERATORS = frozenset({"__iadd__", "__isub__", "__imul__", "__itruediv__", "__ipow__", "__setitem__"})
 _ALIASING = (Tensor.data.__get__, Tensor.detach)  # type: ignore[attr-defined]
+
+
+def _target(args: Any, kwargs: Any) -> Any:
+    """What a call works on; the functions of torch.nn.init come with keywords only."""
+    return args[0] if args else (kwargs or {}).get("tensor")
 
 
 def _writes(func: Any) -> bool:
