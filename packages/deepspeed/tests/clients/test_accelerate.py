@@ -1,0 +1,105 @@
+"""accelerate drives the engine: prepare, backward, accumulation, clipping, save and load, on two CPU ranks.
+
+Needs accelerate, and deepspeed as an installed distribution (which is how accelerate finds it).
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("accelerate")
+try:
+    importlib.metadata.version("deepspeed")
+except importlib.metadata.PackageNotFoundError:
+    pytest.skip("deepspeed is importable but not installed; accelerate would not see it", allow_module_level=True)
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from engines import make_net, micro_batch, same, weights
+
+import deepspeed
+import ds_comm
+from ds_comm.testing import run_ranks
+
+ENVIRONMENT = {"ACCELERATE_USE_DEEPSPEED": "true"}
+
+
+def make_accelerator(stage: int, precision: str, accumulation: int) -> Any:
+    from accelerate import Accelerator, DeepSpeedPlugin
+    from accelerate.state import AcceleratorState, GradientState
+    from accelerate.utils import InitProcessGroupKwargs
+
+    AcceleratorState._reset_state(True)
+    GradientState._reset_state()
+    plugin = DeepSpeedPlugin(
+        zero_stage=stage, gradient_accumulation_steps=accumulation, gradient_clipping=1.0, zero3_save_16bit_model=True
+    )
+    plugin.deepspeed_config["train_micro_batch_size_per_gpu"] = 2
+    return Accelerator(
+        deepspeed_plugin=plugin, mixed_precision=precision, kwargs_handlers=[InitProcessGroupKwargs(backend="gloo")]
+    )
+
+
+def drive(
+    accelerator: Any, engine: Any, optimizer: Any, scheduler: Any, steps: range, accumulation: int
+) -> list[float]:
+    losses = []
+    dtype = next(engine.module.parameters()).dtype
+    for step in steps:
+        for index in range(accumulation):
+            with accelerator.accumulate(engine):
+                loss = engine(*micro_batch(step, accelerator.process_index * accumulation + index, dtype))
+                accelerator.backward(loss)
+                if accelerator.sync_gradients:
+                    norm = accelerator.clip_grad_norm_(engine.parameters(), 1.0)
+                    assert norm is None or isinstance(norm, (int, float))
+                optimizer.step()
+                scheduler.step()
+                optimizer.zero_grad()
+                losses.append(loss.item())
+    return losses
+
+
+def prepare(accelerator: Any) -> tuple[Any, Any, Any]:
+    model = make_net()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.01)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda t: 0.9**t)
+    return accelerator.prepare(model, optimizer, scheduler)  # type: ignore[no-any-return]
+
+
+def train_and_resume(stage: int, precision: str, accumulation: int, folder: Path) -> Any:
+    accelerator = make_accelerator(stage, precision, accumulation)
+    assert accelerator.num_processes == ds_comm.get_world_size()
+    engine, optimizer, scheduler = prepare(accelerator)
+    assert type(engine) is deepspeed.DeepSpeedEngine and accelerator.unwrap_model(engine) is engine.module
+    drive(accelerator, engine, optimizer, scheduler, range(2), accumulation)
+    accelerator.save_state(str(folder))
+    begun = engine.global_steps
+    rest = drive(accelerator, engine, optimizer, scheduler, range(2, 4), accumulation)
+    expected = weights(engine)
+    state = accelerator.get_state_dict(engine)
+    if state is not None:
+        for name, value in expected.items():
+            assert torch.equal(state[name].float(), value)
+    accelerator.free_memory()
+
+    accelerator = make_accelerator(stage, precision, accumulation)
+    engine, optimizer, scheduler = prepare(accelerator)
+    accelerator.load_state(str(folder))
+    assert engine.global_steps == begun == 2
+    again = drive(accelerator, engine, optimizer, scheduler, range(2, 4), accumulation)
+    assert again == rest and same(weights(engine), expected)
+    return expected
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+@pytest.mark.parametrize(("precision", "accumulation"), [("no", 2), ("bf16", 1)])
+def test_train_save_and_resume(stage: int, precision: str, accumulation: int, tmp_path: Path) -> None:
+    one, two = run_ranks(train_and_resume, 2, stage, precision, accumulation, tmp_path, env=ENVIRONMENT)
+    assert same(one, two)
