@@ -107,7 +107,7 @@ TRAINER = """
         "gradient_clipping": "auto", "bf16": {"enabled": "auto"},
         "zero_optimization": {"stage": %STAGE%, "stage3_gather_16bit_weights_on_model_save": True,
                               "reduce_bucket_size": "auto", "stage3_param_persistence_threshold": "auto"},
-        "optimizer": {"type": "AdamW", "params": {"lr": "auto", "betas": "auto", "eps": "auto", "weight_decay": "auto"}},
+        "optimizer": {"type": "AdamW", "params": {"lr": "auto", "betas": "auto", "eps": "auto"}},
         "scheduler": {"type": "WarmupDecayLR", "params": {"warmup_min_lr": "auto", "warmup_max_lr": "auto",
                                                            "warmup_num_steps": "auto", "total_num_steps": "auto"}},
     }
