@@ -154,7 +154,7 @@ class GatherHooks:
             with_gradient = [t for t in tensors if t.grad_fn is not None]
             if with_gradient:
                 strays = [*(done.units if done.encloses else ()), *(self._strays if outermost else ())]
-                self._on_gradient(with_gradient, done.units, strays)
+                self._on_gradient(with_gradient, done.units, strays, releases=not done.encloses)
         if in_backward():
             return
         in_use = {unit for outer in self._running for unit in outer.units}
@@ -204,16 +204,19 @@ class GatherHooks:
 
     # -- backward ----------------------------------------------------------------------------------------------
 
-    def _on_gradient(self, tensors: list[Tensor], units: list[Unit], strays: list[Unit]) -> None:
+    def _on_gradient(self, tensors: list[Tensor], units: list[Unit], strays: list[Unit], *, releases: bool) -> None:
         """When the first gradient of these outputs arrives, the backward of their owner begins."""
 
         def begin(_: Tensor) -> None:
-            self._before_backward(units, strays)
+            self._before_backward(units, strays, releases=releases)
 
         torch.autograd.graph.register_multi_grad_hook(tensors, begin, mode="any")
 
-    def _before_backward(self, units: list[Unit], strays: list[Unit]) -> None:
+    def _before_backward(self, units: list[Unit], strays: list[Unit], *, releases: bool = True) -> None:
         keep = {*units, *strays, *self._strays, *(unit for forward in self._running for unit in forward.units)}
+        if not releases:
+            # An enclosing owner may return an inner owner's very output: that one's backward has begun just before.
+            keep.update(self._gathered_for_backward)
         for unit in self._gathered_for_backward:
             if unit not in keep:
                 unit.release()
