@@ -174,6 +174,8 @@ class Unit:
         """Write one whole parameter (1-D) into the own shard and the master; collective when sharded."""
         slot = self.layout.slots[index]
         value = value.to(self.storage.full.dtype)
+        if self.sharded:  # gathering is one-sided on shared memory: wait until no rank reads the old values any more
+            self.comm.barrier(label=f"before {slot.name} is written")
         low, high = max(self.start, slot.offset), min(self.stop, slot.stop)
         if self.master is not None and self.master is not self.storage.own and low < high:
             part = slice(low - self.start, high - self.start)

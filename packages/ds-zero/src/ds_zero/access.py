@@ -119,6 +119,12 @@ def _state(place: Place, key: str) -> tuple[int, Tensor] | None:
     return None
 
 
+def _before_master_write(place: Place) -> None:
+    """Gathering is one-sided on shared memory: wait until no rank reads the old values any more (collective)."""
+    if place.unit.sharded:
+        place.unit.comm.barrier(label=f"before {place.unit.layout.name} is written")
+
+
 def _after_master_write(place: Place) -> None:
     """Bring a changed master into the parameters (collective)."""
     unit = place.unit
@@ -169,6 +175,7 @@ def safe_set_full_fp32_param(parameter: nn.Parameter, value: Tensor) -> None:
     """Replace the master, and with it the parameter; every rank passes the full value."""
     place = place_of(parameter)
     if place is not None:
+        _before_master_write(place)
         _scatter(place, _own(place, _master(place)), value, "master")
         _after_master_write(place)
 
@@ -239,12 +246,17 @@ def safe_get_local_grad(parameter: nn.Parameter) -> Tensor | None:
 
 def safe_get_local_optimizer_state(parameter: nn.Parameter, key: str) -> Tensor | None:
     """This rank's elements of an optimizer state, 1-D fp32."""
-    return _local_get(_state(_local_place(parameter), key))
+    place = _local_place(parameter)
+    own = _own(place, _master(place))
+    if own is not None and not own[1].numel():
+        return own[1].float()
+    return _local_get(_state(place, key))
 
 
 def safe_set_local_fp32_param(parameter: nn.Parameter, value: Tensor) -> None:
     """Replace this rank's elements of the master; call it on every rank (the parameter is published)."""
     place = _local_place(parameter)
+    _before_master_write(place)
     _local_set(_own(place, _master(place)), value)
     _after_master_write(place)
 
