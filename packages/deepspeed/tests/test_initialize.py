@@ -336,3 +336,42 @@ def test_a_model_that_is_sharded_already_until_its_engine_is_destroyed() -> None
     assert len(train(again, range(1))) == 1
     again.destroy()
     again.destroy()
+
+
+# -- what clients do to the objects -----------------------------------------------------------------------------------
+
+
+def test_zero_is_a_module_and_an_attribute_alike() -> None:
+    import importlib
+
+    module = importlib.import_module("deepspeed.zero")
+    assert module is deepspeed.zero is deepspeed.runtime.zero
+    assert module.Init is deepspeed.zero.Init
+
+
+class Delegate:
+    """Wraps an optimizer as lightning's Fabric does: a class of its own that derives from the optimizer's."""
+
+    def __init__(self, optimizer: Any) -> None:
+        self._optimizer = optimizer
+        self.__class__ = type("DelegateOf" + type(optimizer).__name__, (Delegate, type(optimizer)), {})
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.__dict__["_optimizer"], name)
+
+    def step(self, closure: Any = None) -> Any:
+        return self._optimizer.step(closure)
+
+
+def test_a_wrapper_of_a_dynamic_subclass_works() -> None:
+    engine, reference = make_engine(make_config(3)), make_engine(make_config(3))
+    wrapped = Delegate(engine.optimizer)
+    assert isinstance(wrapped, deepspeed.DeepSpeedOptimizer) and isinstance(wrapped, torch.optim.Optimizer)
+    for step in range(2):
+        engine.backward(engine(*engines.micro_batch(step, 0)))
+        wrapped.step()
+        wrapped.zero_grad()
+    train(reference, range(2))
+    assert engines.same(weights(engine), weights(reference))
+    assert set(vars(wrapped)) == {"_optimizer"}
+    assert wrapped.state_dict()["zero_stage"] == 3
