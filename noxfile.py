@@ -30,7 +30,7 @@ SIBLINGS = {
     "deepspeed": ("ds-comm", "ds-kernels", "ds-zero", "ds-pipe", "ds-inference"),
 }
 # A package that behaves otherwise with an extra is tested both ways: all tests without it, the marked ones with it.
-TESTED = [*SIBLINGS, "ds-comm[cpu]"]
+TESTED = [*SIBLINGS, "ds-comm[cpu]", "ds-zero[cpu]"]
 PYTHONS = ["3.10", "3.11", "3.12", "3.13"]
 TEST_TOOLS = ["pytest>=8", "pytest-timeout>=2.3", "hypothesis>=6.100"]
 # Two ranks on two cores: more threads than that only get in each other's way.
