@@ -118,7 +118,7 @@ def gather_and_release(dtype: torch.dtype, shard_numel: int) -> None:
         window.gather()
         assert torch.equal(window.full, expected)
         comm.barrier()
-    assert window.full.untyped_storage()._cdata == storage._cdata or window.full.untyped_storage() is not None
+    assert window.full.untyped_storage()._cdata == storage._cdata
     assert comm.ledger.counts[("all_gather", "params")] == 6
     assert comm.ledger.wire_elements_of("all_gather") == 6 * shard_numel * (comm.size - 1)
     kept = window.full
@@ -133,6 +133,32 @@ def gather_and_release(dtype: torch.dtype, shard_numel: int) -> None:
 @pytest.mark.parametrize(("dtype", "shard_numel"), [(torch.bfloat16, 5), (torch.float32, 5000), (torch.int64, 1)])
 def test_gather(transport: str, world_size: int, dtype: torch.dtype, shard_numel: int) -> None:
     run_ranks(gather_and_release, world_size, dtype, shard_numel, transport=transport)
+
+
+def change_of_mind_while_gathering() -> None:
+    comm = ds_comm.communicator()
+    window = comm.gather_window(1000 * comm.size, torch.float32, label="params")
+    window.shard.fill_(comm.rank + 1.0)
+    window.publish()
+    expected = torch.arange(1.0, comm.size + 1).repeat_interleave(1000)
+    if comm.rank == 1:
+        time.sleep(0.3)  # the others' gather is under way for as long
+    early = window.gather(async_op=True)
+    assert window.gather(async_op=True) is early
+    window.gather()
+    assert torch.equal(window.full, expected)
+    window.release()
+    if comm.rank == 1:
+        time.sleep(0.3)
+    window.gather(async_op=True)
+    window.release()
+    window.gather()
+    assert torch.equal(window.full, expected)
+
+
+@pytest.mark.parametrize("transport", TRANSPORTS)
+def test_a_gather_under_way_is_neither_trusted_nor_pulled_away(transport: str) -> None:
+    run_ranks(change_of_mind_while_gathering, 2, transport=transport)
 
 
 def saved_views_survive_release() -> None:

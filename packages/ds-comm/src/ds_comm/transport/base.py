@@ -113,27 +113,31 @@ class GatherWindow(ABC):
         self.closed = False
         self._enter = enter
         self._valid = False
+        self._gathering: Work = DONE
 
     def gather(self, *, async_op: bool = False) -> Work | None:
         """Make ``full`` valid. Free while it already is; else one all_gather (counted as such on every transport).
 
-        With ``async_op`` returns a Work whose ``wait`` must be called before ``full`` is read.
+        With ``async_op`` returns a Work whose ``wait`` must be called before ``full`` is read; calls before that return
+        the same Work, or wait for it.
         """
         self._check_open()
-        work: Work = DONE
         if not self._valid:
             entry = self._enter("all_gather", self.dtype, self.numel, self.label)
-            work = self._gather(entry)
+            self._gathering = self._gather(entry)
             self._valid = True
         if async_op:
-            return work
-        work.wait()
+            return self._gathering
+        self._gathering.wait()
         return None
 
     def release(self) -> None:
-        """Give back the memory of ``full`` (its storage object stays, without content). Local, never waits."""
+        """Give back the memory of ``full`` (its storage object stays, without content).
+
+        Local; waits only for a gather that is still under way, which would write into memory given back.
+        """
         self._check_open()
-        self._valid = False
+        self._settle()
         self._release()
 
     def publish(self) -> None:
@@ -143,7 +147,7 @@ class GatherWindow(ABC):
         meeting of the ranks in between (a barrier, a waited-for reduction) is enough.
         """
         self._check_open()
-        self._valid = False
+        self._settle()
         self._publish(self._enter("publish", self.dtype, 0, self.label))
 
     def close(self) -> None:
@@ -153,6 +157,12 @@ class GatherWindow(ABC):
             self._close()
             empty = torch.empty(0, dtype=self.dtype)
             self.full = self.shard = empty
+
+    def _settle(self) -> None:
+        """``full`` is not valid any more, and nobody is writing into it."""
+        self._gathering.wait()
+        self._gathering = DONE
+        self._valid = False
 
     def _check_open(self) -> None:
         if self.closed:
