@@ -119,6 +119,31 @@ def test_resume_is_exact_over_epochs_with_prefetching_workers(workers: int) -> N
         assert done + [next(resumed) for _ in range(len(expected) - stop)] == expected
 
 
+@pytest.mark.parametrize("workers", [0, 1])
+def test_iterating_leaves_the_global_random_numbers_alone(workers: int) -> None:
+    before = torch.get_rng_state()
+    next(iter(DeepSpeedDataLoader(list(range(8)), 2, num_local_io_workers=workers)))
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_workers_of_different_ranks_and_epochs_draw_different_numbers() -> None:
+    class Drawn(torch.utils.data.Dataset[float]):
+        def __len__(self) -> int:
+            return 2
+
+        def __getitem__(self, index: int) -> float:
+            return float(torch.rand(()))
+
+    def first(rank: int, epoch: int) -> float:
+        loader = DeepSpeedDataLoader(
+            Drawn(), 1, num_local_io_workers=1, data_parallel_world_size=2, data_parallel_rank=rank
+        )
+        loader.set_epoch(epoch)
+        return float(next(iter(loader)))
+
+    assert len({first(0, 0), first(1, 0), first(0, 1), first(1, 1)}) == 4
+
+
 def test_a_completed_epoch_advances_and_an_abandoned_one_begins_anew() -> None:
     data = loader(12, 2)
     first = [list(batch) for batch in data]

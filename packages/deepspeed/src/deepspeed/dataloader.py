@@ -13,6 +13,7 @@ Invariants:
   repeating or losing a sample.
 - All ranks get the same number of batches. If N does not divide the rest, the first entries are repeated at the end
   (or, with `drop_last`, the tail is left out and nobody sees a sample twice).
+- Iterating takes nothing from the global random numbers: dropout masks do not depend on where an epoch was resumed.
 - An IterableDataset shards itself, as everywhere in torch; the loader only counts its batches and, on resume, draws
   and discards those already consumed.
 """
@@ -141,6 +142,7 @@ class DeepSpeedDataLoader:
             raise ValueError(f"batch_size is {batch_size}; expected at least 1 sample per batch and rank")
         options = dict(deepspeed_dataloader_config or {})
         seed, shuffle = options.pop("seed", 0), options.pop("shuffle", True)
+        self._seed: int = seed
         alone = not ds_comm.is_initialized()
         world = 1 if alone else ds_comm.get_world_size()
         self.num_shards = data_parallel_world_size or world
@@ -269,7 +271,12 @@ class DeepSpeedDataLoader:
                 )
             if sampler is not None:
                 sampler, discard = _Tail(sampler, discard * self.batch_size), 0
-        loader: DataLoader[Any] = DataLoader(self.dataset, sampler=sampler, **self._options)
+        # torch's loader draws its workers' seeds: from a generator of its own, since a resumed run that took them from the
+        # global one would be a draw ahead of the run it continues
+        generator = torch.Generator()
+        generator.manual_seed(self._seed + self._epoch * self.num_shards + self.rank)
+        options = {"generator": generator, **self._options}
+        loader: DataLoader[Any] = DataLoader(self.dataset, sampler=sampler, **options)
         for batch in islice(loader, discard, None):
             self._consumed += per_batch
             yield batch
