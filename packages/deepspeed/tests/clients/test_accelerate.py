@@ -6,6 +6,7 @@ Needs accelerate, and deepspeed as an installed distribution (which is how accel
 from __future__ import annotations
 
 import importlib.metadata
+import math
 import sys
 from pathlib import Path
 from typing import Any
@@ -46,9 +47,8 @@ def make_accelerator(stage: int, precision: str, accumulation: int) -> Any:
     )
 
 
-def drive(
-    accelerator: Any, engine: Any, optimizer: Any, scheduler: Any, steps: range, accumulation: int
-) -> list[float]:
+def drive(accelerator: Any, prepared: tuple[Any, Any, Any], steps: range, accumulation: int) -> list[float]:
+    engine, optimizer, scheduler = prepared
     losses = []
     dtype = next(engine.module.parameters()).dtype
     for step in steps:
@@ -78,10 +78,10 @@ def train_and_resume(stage: int, precision: str, accumulation: int, folder: Path
     assert accelerator.num_processes == ds_comm.get_world_size()
     engine, optimizer, scheduler = prepare(accelerator)
     assert type(engine) is deepspeed.DeepSpeedEngine and accelerator.unwrap_model(engine) is engine.module
-    drive(accelerator, engine, optimizer, scheduler, range(2), accumulation)
+    drive(accelerator, (engine, optimizer, scheduler), range(2), accumulation)
     accelerator.save_state(str(folder))
     begun = engine.global_steps
-    rest = drive(accelerator, engine, optimizer, scheduler, range(2, 4), accumulation)
+    rest = drive(accelerator, (engine, optimizer, scheduler), range(2, 4), accumulation)
     expected = weights(engine)
     state = accelerator.get_state_dict(engine)
     if state is not None:
@@ -93,7 +93,7 @@ def train_and_resume(stage: int, precision: str, accumulation: int, folder: Path
     engine, optimizer, scheduler = prepare(accelerator)
     accelerator.load_state(str(folder))
     assert engine.global_steps == begun == 2
-    again = drive(accelerator, engine, optimizer, scheduler, range(2, 4), accumulation)
+    again = drive(accelerator, (engine, optimizer, scheduler), range(2, 4), accumulation)
     assert again == rest and same(weights(engine), expected)
     return expected
 
@@ -103,3 +103,71 @@ def train_and_resume(stage: int, precision: str, accumulation: int, folder: Path
 def test_train_save_and_resume(stage: int, precision: str, accumulation: int, tmp_path: Path) -> None:
     one, two = run_ranks(train_and_resume, 2, stage, precision, accumulation, tmp_path, env=ENVIRONMENT)
     assert same(one, two)
+
+
+def train_from_the_config(folder: Path) -> list[float]:
+    """accelerate's placeholders: optimizer and scheduler come from the config, "auto" values from the placeholders."""
+    from accelerate import Accelerator, DeepSpeedPlugin
+    from accelerate.state import AcceleratorState, GradientState
+    from accelerate.utils import DummyOptim, DummyScheduler, InitProcessGroupKwargs
+
+    AcceleratorState._reset_state(True)
+    GradientState._reset_state()
+    config = {
+        "train_micro_batch_size_per_gpu": 2,
+        "gradient_accumulation_steps": 1,
+        "zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0},
+        "fp16": {"enabled": True, "initial_scale_power": 4},
+        "optimizer": {"type": "AdamW", "params": {"lr": "auto", "weight_decay": "auto"}},
+        "scheduler": {
+            "type": "WarmupDecayLR",
+            "params": {
+                "warmup_min_lr": "auto",
+                "warmup_max_lr": "auto",
+                "warmup_num_steps": "auto",
+                "total_num_steps": "auto",
+            },
+        },
+        "steps_per_print": float("inf"),
+    }
+    accelerator = Accelerator(
+        deepspeed_plugin=DeepSpeedPlugin(hf_ds_config=config),
+        mixed_precision="fp16",
+        kwargs_handlers=[InitProcessGroupKwargs(backend="gloo")],
+    )
+    model = make_net()
+    optimizer = DummyOptim(model.parameters(), lr=1e-2, weight_decay=0.0)
+    scheduler = DummyScheduler(optimizer, total_num_steps=8, warmup_num_steps=2)
+    prepared = accelerator.prepare(model, optimizer, scheduler)
+    losses = drive(accelerator, prepared, range(4), 1)
+    assert type(prepared[0].lr_scheduler).__name__ == "WarmupDecayLR" and prepared[0].global_steps == 4
+    assert not prepared[1].step_was_skipped
+    return losses
+
+
+def test_optimizer_and_scheduler_from_the_config(tmp_path: Path) -> None:
+    for losses in run_ranks(train_from_the_config, 2, tmp_path, env=ENVIRONMENT):
+        assert len(losses) == 4 and all(math.isfinite(loss) for loss in losses)
+
+
+def train_offloaded() -> str:
+    """Offload to the CPU makes accelerate replace AdamW by DeepSpeedCPUAdam."""
+    from accelerate import Accelerator, DeepSpeedPlugin
+    from accelerate.state import AcceleratorState, GradientState
+    from accelerate.utils import InitProcessGroupKwargs
+
+    AcceleratorState._reset_state(True)
+    GradientState._reset_state()
+    plugin = DeepSpeedPlugin(zero_stage=2, offload_optimizer_device="cpu", offload_param_device="cpu")
+    plugin.deepspeed_config["train_micro_batch_size_per_gpu"] = 2
+    accelerator = Accelerator(
+        deepspeed_plugin=plugin, mixed_precision="fp16", kwargs_handlers=[InitProcessGroupKwargs(backend="gloo")]
+    )
+    prepared = prepare(accelerator)
+    losses = drive(accelerator, prepared, range(3), 1)
+    assert len(losses) == 3
+    return type(prepared[0].basic_optimizer).__name__
+
+
+def test_offload_to_the_cpu_takes_upstreams_cpu_adam() -> None:
+    assert run_ranks(train_offloaded, 1, env=ENVIRONMENT) == ["DeepSpeedCPUAdam"]
