@@ -342,6 +342,14 @@ def test_bad_arguments_of_save(tmp_path: Path) -> None:
         engine.save_checkpoint(tmp_path / "file" / "below")
 
 
+def test_model_parallel_parts_do_not_overwrite_each_other(tmp_path: Path) -> None:
+    engine = make_engine(make_config(1))
+    engine.mp_world_size = 2
+    with pytest.raises(ds_zero.CheckpointError, match="model-parallel"):
+        engine.save_checkpoint(tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
 def test_frozen_parameters_may_be_left_out(tmp_path: Path) -> None:
     model = make_net()
     model.blocks.requires_grad_(False)

@@ -19,6 +19,7 @@ from torch import nn
 import deepspeed
 import ds_comm
 import ds_zero
+from ds_comm.testing import run_ranks
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -175,6 +176,23 @@ def test_device_rank_none_is_accepted() -> None:
         args, model, model_parameters=model.parameters(), config=make_config(), dist_init_required=False
     )
     assert engine.device == torch.device("cpu")
+
+
+def init_and_train(stage: int, sharded: bool) -> tuple[dict[str, torch.Tensor], int]:
+    config = make_config(stage)
+    with deepspeed.zero.Init(config_dict_or_path=config, enabled=sharded):
+        model = make_net()
+    resident = sum(p.numel() for p in model.parameters())
+    engine = make_engine(config, model)
+    train(engine, range(2))
+    return weights(engine), resident
+
+
+@pytest.mark.parametrize("stage", [0, 2, 3])
+def test_a_model_built_in_shards_trains_like_any_other(stage: int) -> None:
+    (whole, full), _ = run_ranks(init_and_train, 2, stage, False)
+    for state, resident in run_ranks(init_and_train, 2, stage, True):
+        assert engines.same(state, whole) and resident < full
 
 
 def test_two_engines_live_side_by_side() -> None:

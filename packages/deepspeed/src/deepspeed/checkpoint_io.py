@@ -48,6 +48,7 @@ class EngineState(EngineView, Protocol):
     """The part of an engine that a checkpoint holds. `pending_save` is the save that is not durable yet."""
 
     micro_steps: int
+    mp_world_size: int
     module: nn.Module
     sharded: ds_zero.ShardedModel
     lr_scheduler: Any
@@ -79,6 +80,7 @@ def save(
     """See DeepSpeedEngine.save_checkpoint. ValueError for an empty directory."""
     if not str(directory):
         raise ValueError("save_checkpoint needs a directory, got an empty name")
+    _check_whole(engine)
     tag = f"global_step{engine.global_steps}" if tag is None else str(tag)
     optimizer = engine.optimizer
     training = isinstance(optimizer, ds_zero.ZeroOptimizer)
@@ -100,6 +102,15 @@ def save(
     engine.pending_save = pending
     engine.callbacks.on_save(engine, str(directory), tag)
     return True
+
+
+def _check_whole(engine: EngineState) -> None:
+    """Ranks that share the model in other ways than data parallelism would overwrite each other's files."""
+    if engine.mp_world_size > 1:
+        raise ds_zero.CheckpointError(
+            f"checkpoints of a model that {engine.mp_world_size} model-parallel ranks share are not supported yet; save"
+            " each part's module_state_dict() under a name of its own"
+        )
 
 
 def wait(engine: EngineState) -> None:
@@ -196,6 +207,7 @@ def load(
     allow_pickle: bool | None,
 ) -> tuple[str | None, dict[str, Any] | None]:
     """See DeepSpeedEngine.load_checkpoint."""
+    _check_whole(engine)
     tag = None if tag is None else str(tag)
     optimizer = engine.optimizer
     training = isinstance(optimizer, ds_zero.ZeroOptimizer)

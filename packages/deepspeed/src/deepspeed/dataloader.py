@@ -271,8 +271,8 @@ class DeepSpeedDataLoader:
                 )
             if sampler is not None:
                 sampler, discard = _Tail(sampler, discard * self.batch_size), 0
-        # torch's loader draws its workers' seeds: from a generator of its own, since a resumed run that took them from the
-        # global one would be a draw ahead of the run it continues
+        # torch's loader draws its workers' seeds: from a generator of its own, since a resumed run that took them from
+        # the global one would be a draw ahead of the run it continues
         generator = torch.Generator()
         generator.manual_seed(self._seed + self._epoch * self.num_shards + self.rank)
         options = {"generator": generator, **self._options}
