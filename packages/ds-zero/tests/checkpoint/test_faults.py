@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import subprocess
 import sys
@@ -113,6 +114,19 @@ def test_damaged_manifests(two: Path, manifest: str | None) -> None:
     assert manifest is not None or "other tags that are complete: a" in str(caught.value)
 
 
+@pytest.mark.parametrize("old", ['"step":', '"world_size":2', '"xxh3_64":"'])
+def test_a_changed_digit_in_the_manifest(two: Path, old: str) -> None:
+    """Still JSON, still a manifest: only its own checksum can tell."""
+    path = two / "b" / "manifest.json"
+    text = path.read_text()
+    place = text.rindex(old) + len(old) + (-1 if old[-1].isdigit() else 0)
+    path.write_text(text[:place] + ("8" if text[place] != "8" else "9") + text[place + 1 :])
+    json.loads(path.read_text())
+    with pytest.raises(CheckpointError, match="checksum") as caught:
+        load_one(two)
+    assert "other tags that are complete: a" in str(caught.value)
+
+
 def test_latest_names_nothing(two: Path) -> None:
     (two / "latest").write_text("gone")
     with pytest.raises(CheckpointError, match=r"latest names 'gone', but .*gone does not exist; .*complete: b, a"):
@@ -205,6 +219,32 @@ def test_an_unseen_failure_is_raised_by_the_next_call(two: Path, monkeypatch: py
     assert pending.done
     wait_for_pending_saves()
     assert load_one(two).tag == "b"
+
+
+def test_latest_cannot_be_written(two: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The checkpoint is there all the same, and the error says so."""
+    real = durable.write_durably
+
+    def full(path: Path, content: str, **options: Any) -> None:
+        if path.name == "latest":
+            raise OSError(errno.ENOSPC, "No space left on device")
+        real(path, content, **options)
+
+    monkeypatch.setattr(durable, "write_durably", full)
+    results = save_on_threads(two, "c", 2)
+    assert isinstance(results[0], CheckpointError)
+    assert "'c' is complete" in str(results[0])
+    assert "No space left on device; 'latest' names 'b', load it with tag='c'" in str(results[0])
+    monkeypatch.undo()
+    assert load_one(two).tag == "b"
+    assert load_one(two, tag="c").tag == "c"
+
+
+def test_leftovers_of_tags_that_look_like_leftovers(two: Path) -> None:
+    left = two / ".x.tmp-1.old-0123456789ab"
+    (left).mkdir()
+    ok(save_on_threads(two, "c", 1))
+    assert (two / "x.tmp-1").is_dir()  # restored: no such tag was there
 
 
 def _raise_eio(*args: Any) -> None:

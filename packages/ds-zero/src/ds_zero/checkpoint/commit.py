@@ -104,15 +104,26 @@ class Commit:
                 leftover.unlink()
             durable.fsync_path(self.temporary)
             durable.replace_directory(self.temporary, self.directory / self.tag, self.nonce)
-            durable.release(self.directory / self.tag)
-            self._write_script()
-            if self.save_latest:
-                durable.write_durably(self.directory / durable.LATEST, self.tag)
         except (OSError, ValueError) as error:  # CheckpointError is an OSError
             self._post("failed", str(error))
             for shard in self.temporary.glob("*.safetensors"):
                 shard.unlink(missing_ok=True)
             raise self._error(str(error)) from error
+        self._point_at_it()
+
+    def _point_at_it(self) -> None:
+        """The checkpoint is there; now what stands beside it: the script, and `latest`."""
+        try:
+            durable.release(self.directory / self.tag)
+            self._write_script()
+            if self.save_latest:
+                durable.write_durably(self.directory / durable.LATEST, self.tag)
+        except OSError as error:
+            named = durable.read_latest(self.directory) if self.save_latest else self.tag
+            raise CheckpointError(
+                f"checkpoint {self.tag!r} is complete in {self.directory}, but not what stands beside it: {error}"
+                + ("" if named == self.tag else f"; {durable.LATEST!r} names {named!r}, load it with tag={self.tag!r}")
+            ) from error
 
     def _write_script(self) -> None:
         script = self.directory / SCRIPT_NAME

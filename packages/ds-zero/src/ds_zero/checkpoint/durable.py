@@ -201,10 +201,12 @@ def release(committed: Path) -> None:
     (committed / _OWNER).unlink(missing_ok=True)
 
 
-def _leftovers(directory: Path) -> Iterator[Path]:
+def _leftovers(directory: Path) -> Iterator[tuple[Path, str, str]]:
+    """Hidden directories of saves: the path, the tag, and "tmp" or "old"."""
     for child in directory.iterdir():
-        if re.fullmatch(r"\..+\.(tmp|old)-[0-9a-f]+", child.name) and child.is_dir():
-            yield child
+        parts = re.fullmatch(r"\.(.+)\.(tmp|old)-[0-9a-f]+", child.name)
+        if parts and child.is_dir():
+            yield child, parts[1], parts[2]
 
 
 def remove_stale(directory: Path) -> list[str]:
@@ -214,8 +216,7 @@ def remove_stale(directory: Path) -> list[str]:
     that may still live is left alone. Returns the names removed.
     """
     removed: list[str] = []
-    for child in _leftovers(directory):
-        tag, kind, _ = re.split(r"\.(tmp|old)-", child.name[1:])
+    for child, tag, kind in list(_leftovers(directory)):
         if kind == "old":
             if not (directory / tag).exists():
                 os.rename(child, directory / tag)

@@ -7,6 +7,7 @@ Vocabulary
 
 Invariants
     the spans of each (parameter, key) tile [0, numel) exactly: `merge` refuses anything else;
+    the manifest's last member is the xxh3_64 of the rest of its text: a changed digit is as good as a torn file;
     a checkpoint knows nothing of units, stages or world sizes that a reader would need: loading is the intersection of
     ranges (`intersect`), so any layout reads any other.
 """
@@ -18,6 +19,8 @@ import json
 import math
 from collections.abc import Iterator, Sequence
 from typing import Any
+
+import xxhash
 
 from ds_zero.errors import CheckpointError
 
@@ -41,6 +44,7 @@ __all__ = [
 FORMAT_VERSION = 1
 MANIFEST_NAME = "manifest.json"
 _FORMAT_NAME = "ds-zero-checkpoint"
+_SEAL = ',"xxh3_64":"'
 
 
 def shard_file_name(rank: int, world_size: int) -> str:
@@ -161,7 +165,7 @@ class Manifest:
             "params": {name: _param_to_json(param) for name, param in self.params.items()},
             "files": [_file_to_json(file) for file in self.files],
         }
-        return json.dumps(body, separators=(",", ":"))
+        return _sealed(json.dumps(body, separators=(",", ":")))
 
     @staticmethod
     def from_json(text: str, source: str) -> Manifest:
@@ -175,6 +179,7 @@ class Manifest:
                     f"{source}: format version {body['version']} is newer than {FORMAT_VERSION}, "
                     "the newest this ds-zero reads; upgrade ds-zero"
                 )
+            _check_seal(text, source)
             layout = body["layout"]
             return Manifest(
                 tag=body["tag"],
@@ -195,6 +200,19 @@ class Manifest:
             raise CheckpointError(
                 f"{source} is not a readable manifest ({type(error).__name__}: {error}); it is damaged"
             ) from error
+
+
+def _sealed(text: str) -> str:
+    """A JSON object's text with its own checksum as the last member."""
+    return f'{text[:-1]}{_SEAL}{xxhash.xxh3_64_hexdigest(text.encode())}"}}'
+
+
+def _check_seal(text: str, source: str) -> None:
+    body, _, _ = text.rpartition(_SEAL)
+    if text != _sealed(body + "}"):
+        raise CheckpointError(
+            f"{source}: the manifest does not have the checksum it was written with; it was changed or damaged"
+        )
 
 
 def record_to_json(record: RankRecord) -> str:

@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 
+from ds_comm.watchdog import seconds_from_environment
 from ds_zero.__about__ import __version__
 from ds_zero.checkpoint import durable
 from ds_zero.checkpoint.commit import Commit, PendingSave, wait_for_pending_saves
@@ -104,16 +105,12 @@ def save(
         ds_version=__version__,
         save_latest=save_latest,
         exclude_frozen=exclude_frozen,
-        timeout=_default_timeout() if timeout is None else timeout,
+        timeout=seconds_from_environment() if timeout is None else timeout,
     )
     pending = PendingSave(commit)
     if not asynchronous:
         pending.wait()
     return pending
-
-
-def _default_timeout() -> float:
-    return 60.0 * float(os.environ.get("DEEPSPEED_TIMEOUT", "10"))
 
 
 def _plan(
