@@ -11,8 +11,6 @@ from torch import nn
 
 import ds_comm
 import ds_zero
-
-
 from ds_comm.testing import run_ranks
 
 
@@ -58,7 +56,9 @@ def full(stage: int, dtype: str | None) -> dict[str, Any]:
     assert torch.allclose(moment, halved * 0.1, rtol=1e-5)
     assert ds_zero.safe_get_full_optimizer_state(parameter, "nothing") is None
     with pytest.raises(ds_zero.ZeroStateError, match="one number per parameter"):
-        ds_zero.safe_get_full_optimizer_state(model.blocks[0].norm.weight, "step") if rank == 0 or stage == 0 else raise_it()
+        ds_zero.safe_get_full_optimizer_state(
+            model.blocks[0].norm.weight, "step"
+        ) if rank == 0 or stage == 0 else raise_it()
     ds_zero.safe_set_full_optimizer_state(parameter, torch.full_like(moment, 0.25), "exp_avg")
     assert bool((ds_zero.safe_get_full_optimizer_state(parameter, "exp_avg") == 0.25).all())
     value = torch.arange(parameter_numel(parameter)).view(moment.shape) / 64

@@ -43,7 +43,9 @@ def test_everything_is_covered_once(
             assert len({s.group for s in segments}) == len(segments)
             for piece in unit.pieces(start, stop):
                 owned[piece.slot.name] += piece.numel
-                inside = [s for s in segments if s.offset <= piece.offset and piece.offset + piece.numel <= s.offset + s.numel]
+                inside = [
+                    s for s in segments if s.offset <= piece.offset and piece.offset + piece.numel <= s.offset + s.numel
+                ]
                 assert [s.group for s in inside] == [piece.slot.group]
                 for element in range(start + piece.offset, start + piece.offset + piece.numel):
                     covered[element] += 1

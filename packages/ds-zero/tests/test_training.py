@@ -58,7 +58,8 @@ def gloo_stage_3(name: str) -> list[Any]:
 
 
 @pytest.mark.parametrize(
-    "name", ["Net", "RootParameters", "Attention", "ReturnsParameter", "External", "CheckpointedReentrant", "Checkpointed"]
+    "name",
+    ["Net", "RootParameters", "Attention", "ReturnsParameter", "External", "CheckpointedReentrant", "Checkpointed"],
 )
 def test_copying_transport_with_prefetch_and_reuse(name: str) -> None:
     """Released memory is really gone there: a parameter used outside its gathered time would show."""
@@ -198,7 +199,9 @@ def unusual_backwards(stage: int) -> dict[str, Any]:
 def test_forwards_and_backwards_need_not_alternate(transport: Any) -> None:
     first = run_ranks(unusual_backwards, 2, 0, transport=transport)[0]
     for stage in (1, 2, 3):
-        assert not z.differences(first, run_ranks(unusual_backwards, 2, stage, transport=transport)[0], ("values", "norms"))
+        assert not z.differences(
+            first, run_ranks(unusual_backwards, 2, stage, transport=transport)[0], ("values", "norms")
+        )
 
 
 def edit_weights(stage: int, dtype: str | None) -> dict[str, Any]:
@@ -225,7 +228,9 @@ def edit_weights(stage: int, dtype: str | None) -> dict[str, Any]:
         group["lr"] = 0.0
     one_step(model, zero, 1)  # nothing but the edits may show: with lr 0 the weights stay
     after = z.values_of(model)
-    assert all(torch.equal(before[n], after[n]) for n in before), [n for n in before if not torch.equal(before[n], after[n])]
+    assert all(torch.equal(before[n], after[n]) for n in before), [
+        n for n in before if not torch.equal(before[n], after[n])
+    ]
     return {"values": after}
 
 

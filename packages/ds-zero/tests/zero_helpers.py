@@ -327,7 +327,7 @@ def reference(
     schedule: bool = False,
     clip: float = 0.0,
 ) -> Result:
-    """Plain fp32 torch in one process: mean gradient over `total` micro-batches, unused parameters have zero gradient."""
+    """Plain fp32 torch in one process: mean gradient over `total` micro-batches, zero for unused parameters."""
     model = build(name)
     inner = OPTIMIZERS[optimizer](groups_of(model, grouped))
     masters = {p: padded(p) for p in model.parameters()}
@@ -348,7 +348,9 @@ def reference(
             loss.backward()
             for parameter in model.parameters():
                 if parameter.grad is not None:  # summed densely: a sparse sum is taken in another order
-                    sums[parameter] = sums[parameter] + parameter.grad.to_dense() if parameter in sums else parameter.grad.to_dense()
+                    sums[parameter] = (
+                        sums[parameter] + parameter.grad.to_dense() if parameter in sums else parameter.grad.to_dense()
+                    )
                     parameter.grad = None
         grads = []
         for parameter, master in masters.items():
@@ -400,6 +402,4 @@ def all_stages(name: str, stages: tuple[int, ...] = (0, 1, 2, 3), **options: Any
 def merged_losses(results: list[Result], steps: int) -> list[float]:
     """The ranks' losses in micro-batch order."""
     share = len(results[0]["losses"]) // steps
-    return [
-        loss for step in range(steps) for r in results for loss in r["losses"][step * share : (step + 1) * share]
-    ]
+    return [loss for step in range(steps) for r in results for loss in r["losses"][step * share : (step + 1) * share]]

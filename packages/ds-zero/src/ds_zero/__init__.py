@@ -30,6 +30,7 @@ from ds_zero.access import (
     z3_leaf_parameter,
 )
 from ds_zero.config import LossScaleConfig, ZeroConfig
+from ds_zero.cost import MemoryCost, StepCost, memory_per_rank, traffic_per_step
 from ds_zero.errors import CheckpointError, LayoutError, NonFiniteGradientError, ZeroError, ZeroStateError
 from ds_zero.init import GatheredParameters, Init, register_external_parameter, unregister_external_parameter
 from ds_zero.layout import ShardMap, plan_shard_map
@@ -43,9 +44,11 @@ __all__ = [
     "Init",
     "LayoutError",
     "LossScaleConfig",
+    "MemoryCost",
     "NonFiniteGradientError",
     "ShardMap",
     "ShardedModel",
+    "StepCost",
     "ZeroConfig",
     "ZeroError",
     "ZeroOptimizer",
@@ -55,6 +58,7 @@ __all__ = [
     "ZeroStateError",
     "__version__",
     "get_z3_leaf_modules",
+    "memory_per_rank",
     "plan_shard_map",
     "register_external_parameter",
     "safe_get_full_fp32_param",
@@ -73,6 +77,7 @@ __all__ = [
     "set_z3_leaf_modules",
     "shard",
     "sharded_of",
+    "traffic_per_step",
     "unregister_external_parameter",
     "unset_z3_leaf_modules",
     "z3_leaf_module",

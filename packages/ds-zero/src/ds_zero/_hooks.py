@@ -13,8 +13,8 @@ reentrant and non-reentrant checkpointing, frozen parameters included, without s
 
 Note [Strays]: a parameter may be read outside its owner's forward (torch's MultiheadAttention reads out_proj.weight,
 tied heads read the embedding). Modules hold their parameters in a `WatchedParameters` dict; reading one whose owner
-does not run, while another forward does, gathers its unit on the spot and keeps it until the end of the outermost forward, and again for
-the whole backward. So does a module that returns a parameter: its caller will use it.
+does not run, while another forward does, gathers its unit on the spot and keeps it until the end of the outermost
+forward, and again for the whole backward. So does a module that returns a parameter: its caller will use it.
 
 Note [Enclosing]: an owner that runs other owners inside its forward (a root with parameters of its own) may use its
 parameters before, between and after them. Its units stay gathered until its own forward ends, even if an inner owner

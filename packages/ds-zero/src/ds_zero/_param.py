@@ -199,7 +199,7 @@ class ReleasedParameter(ZeroParameter):
 
 
 class ReleasedData(Tensor):
-    """`released.data`: an empty tensor that knows whose; in-place writes to it are treated as writes to the parameter."""
+    """`released.data`: an empty tensor that knows whose; in-place writes to it are writes to the parameter."""
 
     _parameter: ReleasedParameter
 

@@ -16,6 +16,7 @@ from ds_comm import Communicator, ReduceWindow, Work
 
 __all__ = ["WindowRing"]
 
+
 @dataclasses.dataclass
 class _Slot:
     window: ReduceWindow

@@ -264,8 +264,8 @@ class GatheredParameters:
                 )
             elif self._modifier_rank is None and parameter._version != version:
                 wrong.append(
-                    f"one of shape {tuple(record.shape)} was written although modifier_rank is None, which keeps nothing;"
-                    " pass modifier_rank=0 and write on that rank"
+                    f"one of shape {tuple(record.shape)} was written although modifier_rank is None, which keeps"
+                    " nothing; pass modifier_rank=0 and write on that rank"
                 )
             let_go(parameter, keep=keep and not moved, source=self._modifier_rank)
         self._held.clear()

@@ -149,7 +149,7 @@ class ZeroOptimizer(Optimizer):
             self.reducer.keep_local()
         if self._gradients_arrived:  # else a scaled loss may still be waiting for its backward
             self._loss_is_scaled = self._gradients_arrived = False
-        self.sharded.end_micro_batch()
+            self.sharded.end_micro_batch()  # not before: units may have been gathered ahead for the coming backward
 
     def reduce_kept(self) -> None:
         """Reduce now what `no_sync` kept (as one micro-batch), without waiting for another backward."""

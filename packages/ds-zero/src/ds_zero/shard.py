@@ -75,6 +75,7 @@ def shard(
     def begin_forward() -> None:
         if late:
             late[0].end_backward()
+        sharded.end_micro_batch()
 
     blocks = find_blocks(model, units)
     sharded = ShardedModel(model, blocks, groups, settings, stage_parts(settings.stage), comm, begin_forward)

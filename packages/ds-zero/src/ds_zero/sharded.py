@@ -320,8 +320,8 @@ def _refuse_shared_memory(names: dict[nn.Parameter, list[str]]) -> None:
         other = seen.setdefault((parameter.device, parameter.data_ptr()), name)
         if other != name:
             raise LayoutError(
-                f"parameters {other!r} and {name!r} are two Parameter objects over the same memory; tie them by giving both"
-                " modules the same Parameter"
+                f"parameters {other!r} and {name!r} are two Parameter objects over the same memory; tie them by giving"
+                " both modules the same Parameter"
             )
 
 
