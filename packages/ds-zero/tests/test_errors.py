@@ -237,9 +237,9 @@ def skip_a_layer(stage: int) -> None:
         zero.step()
 
 
-def fails_on_every_rank(function: Callable[..., Any], *args: Any) -> str:
+def fails_on_every_rank(function: Callable[..., Any], *args: Any, transport: Any = None) -> str:
     with pytest.raises(RankFailure) as caught:
-        run_ranks(function, 2, *args, timeout=30)
+        run_ranks(function, 2, *args, timeout=30, transport=transport)
     text = str(caught.value)
     assert "2 of 2 ranks failed" in text
     return text
@@ -249,9 +249,9 @@ def test_ranks_that_build_different_models() -> None:
     assert "every rank must build the same model" in fails_on_every_rank(different_models)
 
 
-@pytest.mark.parametrize("transport", ["shm"])
-def test_a_rank_that_skips_a_layer_at_stage_3(transport: str) -> None:
-    text = fails_on_every_rank(skip_a_layer, 3)
+@pytest.mark.parametrize("transport", ["shm", "gloo"])
+def test_a_rank_that_skips_a_layer_at_stage_3(transport: Any) -> None:
+    text = fails_on_every_rank(skip_a_layer, 3, transport=transport)
     assert "DivergenceError" in text
     assert "rank 0" in text and "rank 1" in text and "blocks." in text and "all_gather" in text
 

@@ -22,6 +22,9 @@ class Initialised(z.Net):
     def __init__(self) -> None:
         super().__init__()
         nn.init.normal_(self.head.weight, std=0.02)
+        nn.init.kaiming_normal_(self.blocks[1].up.weight)
+        nn.init.xavier_uniform_(self.blocks[2].up.weight, gain=0.5)
+        nn.init.trunc_normal_(self.embed.weight, std=0.3)
         for block in self.blocks:
             nn.init.zeros_(block.up.bias)
             block.down.weight.data.normal_(0.0, 0.1)

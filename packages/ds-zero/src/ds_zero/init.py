@@ -161,6 +161,21 @@ class Init:
 
         nn.Module.apply = apply  # type: ignore[method-assign,assignment]
         self._undo.append(functools.partial(setattr, nn.Module, "apply", plain_apply))
+        self._patch_init_functions()
+
+    def _patch_init_functions(self) -> None:
+        """torch.nn.init looks at shapes before it writes: give it the gathered parameter."""
+        for name, plain in list(vars(nn.init).items()):
+            if not name.endswith("_") or name.startswith("_") or not callable(plain):
+                continue
+
+            @functools.wraps(plain)
+            def gathered(tensor: Tensor, *args: Any, _plain: Callable[..., Tensor] = plain, **kwargs: Any) -> Tensor:
+                with GatheredParameters(tensor, modifier_rank=0):
+                    return _plain(tensor, *args, **kwargs)
+
+            setattr(nn.init, name, gathered)
+            self._undo.append(functools.partial(setattr, nn.init, name, plain))
 
     def _wrap(self, cls: type[nn.Module]) -> None:
         plain = cls.__dict__.get("__init__")
