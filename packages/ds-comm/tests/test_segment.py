@@ -25,12 +25,16 @@ def test_two_mappings_are_one_memory_and_forgetting_keeps_it() -> None:
     assert tensor.tolist() == list(range(8))
 
 
-def test_a_small_shm_mount_is_no_limit(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Containers have 64 MB of /dev/shm by default; a memfd is bounded by memory alone."""
+def test_a_small_shm_mount_is_no_limit(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    """Containers have 64 MB of /dev/shm by default; a memfd is bounded by memory alone. One line says so."""
     monkeypatch.setattr(os, "statvfs", lambda path: SimpleNamespace(f_bavail=1, f_frsize=PAGE))
-    fd, path = Arena().create(2 * PAGE)
-    assert "memfd" in os.readlink(path)
-    os.close(fd)
+    arena = Arena()
+    for _ in range(2):
+        fd, path = arena.create(2 * PAGE)
+        assert "memfd" in os.readlink(path)
+        os.close(fd)
+    (line,) = caplog.messages
+    assert "memfd" in line and "/dev/shm" in line and "are free" in line
     monkeypatch.setenv("DS_COMM_SHM_DIR", "/dev/shm")
     with pytest.raises(NoSpaceError, match=r"[0-9,]+ bytes of shared memory are needed, [0-9,]+ are free on /dev/shm"):
         Arena().create(2 * PAGE)
@@ -44,3 +48,9 @@ def test_the_limit_counts_what_is_in_use(monkeypatch: pytest.MonkeyPatch) -> Non
         arena.create(2 * PAGE)
     arena.used -= 2 * PAGE
     os.close(arena.create(2 * PAGE)[0])
+
+
+def test_a_limit_that_is_no_number_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DS_COMM_SHM_LIMIT", "1GB")
+    with pytest.raises(NoSpaceError, match="DS_COMM_SHM_LIMIT='1GB' is not a number of bytes"):
+        Arena().create(PAGE)

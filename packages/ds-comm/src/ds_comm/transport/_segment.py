@@ -20,7 +20,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ds_comm.log import get_logger
+
 PAGE = mmap.PAGESIZE
+_logger = get_logger(__name__)
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
 
@@ -77,11 +80,15 @@ class Arena:
     """Where the segments of one group are created, and how much they may take. Used by the creating rank."""
 
     used: int = 0
+    told: bool = False
+    """Whether the one line about a small /dev/shm is written."""
 
     def create(self, nbytes: int) -> tuple[int, str]:
         """A new segment's descriptor and the path by which the other ranks open it; ``NoSpaceError`` if too large."""
         limit = os.environ.get("DS_COMM_SHM_LIMIT")
         chosen = os.environ.get("DS_COMM_SHM_DIR")
+        if limit is not None and not limit.isdecimal():
+            raise NoSpaceError(errno.EINVAL, f"DS_COMM_SHM_LIMIT={limit!r} is not a number of bytes")
         if limit is not None and self.used + nbytes > int(limit):
             raise NoSpaceError(
                 errno.ENOSPC,
@@ -94,6 +101,9 @@ class Arena:
         except OSError as error:
             if limit is not None or chosen is not None or nbytes > _available_memory() // 2:
                 raise NoSpaceError(errno.ENOSPC, error.strerror or str(error)) from error
+            if not self.told:
+                self.told = True
+                _logger.warning("shared memory comes from a memfd, as fast, instead of %s: %s", folder, error)
             fd = os.memfd_create("ds_comm", os.MFD_CLOEXEC)
         os.ftruncate(fd, nbytes)
         self.used += nbytes
