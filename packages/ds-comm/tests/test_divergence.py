@@ -62,7 +62,8 @@ def test_skipped_layer(transport: str, world_size: int) -> None:
     texts = run_ranks(skipped_layer, world_size, transport=transport)
     for text in texts:
         assert text.startswith("DivergenceError")
-        assert "rank 0: reduce_scatter layers.1" in text and "rank 1: reduce_scatter layers.2" in text
+        # of three ranks the first two to come may already disagree: the third is then told of with its last call
+        assert "reduce_scatter layers.1" in text and "rank 1: reduce_scatter layers.2" in text
 
 
 def another_size() -> str:

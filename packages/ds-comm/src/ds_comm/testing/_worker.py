@@ -166,7 +166,13 @@ def _restore_after(stack: ExitStack) -> None:
     stack.callback(torch.set_default_dtype, torch.get_default_dtype())
     stack.callback(torch.set_num_threads, torch.get_num_threads())
     stack.callback(torch.set_grad_enabled, torch.is_grad_enabled())
-    stack.callback(torch.use_deterministic_algorithms, torch.are_deterministic_algorithms_enabled())
+    deterministic = torch.are_deterministic_algorithms_enabled()
+
+    def restore_determinism() -> None:
+        if torch.are_deterministic_algorithms_enabled() != deterministic:  # the setter imports the whole compiler
+            torch.use_deterministic_algorithms(deterministic)
+
+    stack.callback(restore_determinism)
     for number in (signal.SIGINT, signal.SIGTERM):
         stack.callback(signal.signal, number, signal.getsignal(number))
 

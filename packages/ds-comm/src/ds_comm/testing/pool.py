@@ -34,7 +34,7 @@ from ds_comm.testing._worker import Call, FunctionRef, Outcome, dumps
 from ds_comm.testing.failure import Died, Failure, RankFailure
 
 GRACE_SECONDS = 10.0
-CLEAN_SECONDS = 10.0
+CLEAN_SECONDS = 60.0
 
 
 def _reference(fn: Callable[..., Any]) -> FunctionRef:
