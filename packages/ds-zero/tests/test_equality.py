@@ -22,10 +22,10 @@ def check(name: str, ranks: int, *, total: int | None = None, exact_torch: bool 
     (single, found) = run_ranks(z.all_stages, 1, name, (0, 3), total=total, **options)[0]
     assert not found, found
     results = [result for result, _ in many]
-    if total == ranks:
+    if total == ranks and name != "CheckpointedTwice":
         assert not z.differences(results[0], single)
         assert z.merged_losses(results, STEPS) == single["losses"]
-    else:  # ranks and accumulation: the sum over ranks of each micro-batch is one term, an order one rank does not have
+    else:  # ranks and accumulation (the sum over ranks of each micro-batch is one term), or two sums per backward
         bound = 2e-5 if options.get("dtype") is None else 2e-2
         for name_, value in single["values"].items():
             torch.testing.assert_close(results[0]["values"][name_], value, rtol=bound, atol=bound)
@@ -44,7 +44,7 @@ def check(name: str, ranks: int, *, total: int | None = None, exact_torch: bool 
 
 @pytest.mark.parametrize("name", sorted(set(z.ZOO) - {"Mixed"}))
 def test_every_model_fp32(name: str) -> None:
-    check(name, 2, exact_torch=True)
+    check(name, 2, exact_torch=name != "CheckpointedTwice")
 
 
 @pytest.mark.parametrize("dtype", ["bf16", "fp16"])

@@ -110,6 +110,16 @@ class CheckpointedReentrant(Checkpointed):
     reentrant = True
 
 
+class CheckpointedTwice(Net):
+    """A block in two reentrant checkpoints: autograd finishes its gradients twice in one backward."""
+
+    def body(self, x: Tensor, step: int) -> Tensor:
+        x = self.blocks[0](x)
+        for block in (*self.blocks, self.blocks[1]):
+            x = checkpoint(block, x, use_reentrant=True)
+        return x
+
+
 class CheckpointedWhole(Net):
     """One checkpoint around several blocks and a tied head."""
 
@@ -211,7 +221,8 @@ class Sparse(Net):
 ZOO: dict[str, type[Net]] = {
     cls.__name__: cls
     for cls in (
-        Net, Tied, Frozen, Unused, Twice, Checkpointed, CheckpointedReentrant, CheckpointedWhole, Attention, External,
+        Net, Tied, Frozen, Unused, Twice, Checkpointed, CheckpointedReentrant, CheckpointedTwice,
+        CheckpointedWhole, Attention, External,
         ReturnsParameter, RootParameters, Recurrent, Mixed, Sparse,
     )
 }  # fmt: skip

@@ -35,7 +35,7 @@ SHM_BUCKET_NUMEL = 1 << 20
 """Largest bucket in shared memory: meetings are cheap there, and windows are memory."""
 
 SHM_DEPTH = 8
-"""Buckets that a rank may run ahead in shared memory, about two transformer blocks; elsewhere a bucket is a whole unit."""
+"""Buckets that a rank may run ahead in shared memory, about two transformer blocks; elsewhere a unit is a bucket."""
 
 CHUNK_NUMEL = 1 << 18
 """Elements worked on at a time, so that passes over a gradient stay in the cache."""
