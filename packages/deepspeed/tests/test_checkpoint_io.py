@@ -201,12 +201,12 @@ def test_the_data_cursor_goes_on(tmp_path: Path) -> None:
             losses.append(loss.item())
         return losses
 
-    whole = make_engine(make_config(1), training_data=data)
+    whole = make_engine(make_config(1), make_net(dropout=0.3), training_data=data)
     expected = run(whole, iter(whole.training_dataloader), 7)
-    half = make_engine(make_config(1), training_data=data)
+    half = make_engine(make_config(1), make_net(dropout=0.3), training_data=data)
     begun = run(half, iter(half.training_dataloader), 3)
     half.save_checkpoint(tmp_path)
-    rest = make_engine(make_config(1), training_data=data)
+    rest = make_engine(make_config(1), make_net(dropout=0.3), training_data=data)
     rest.load_checkpoint(tmp_path)
     assert begun + run(rest, iter(rest.training_dataloader), 4) == expected
 
