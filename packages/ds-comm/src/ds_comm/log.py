@@ -20,8 +20,6 @@ from collections.abc import Collection
 import torch.distributed as dist
 
 FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
-EVERY_RANK = (-1,)
-"""As `ranks` of `log_dist`: log on every rank."""
 
 
 def current_rank() -> int:

@@ -209,6 +209,22 @@ def test_fsync_fails_in_the_background(two: Path, monkeypatch: pytest.MonkeyPatc
     assert sorted(p.name for p in two.iterdir()) == ["a", "b", "c", "latest", "zero_to_fp32.py"]
 
 
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_defect_in_the_background_of_one_rank_ends_the_wait_of_all(
+    two: Path, monkeypatch: pytest.MonkeyPatch, rank: int
+) -> None:
+    """Not only the disk fails: an error of any kind is told to the ranks that wait."""
+
+    def broken(path: Any) -> None:
+        if f"shard_{rank:05d}" in str(path):
+            raise RuntimeError("a defect")
+
+    monkeypatch.setattr(durable, "fsync_path", broken)
+    for result in save_on_threads(two, "c", 2, timeout=600):
+        assert isinstance(result, CheckpointError)
+        assert f"rank {rank}: a defect" in str(result)
+
+
 def test_an_unseen_failure_is_raised_by_the_next_call(two: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     shard_map = make_map(1)
     monkeypatch.setattr(durable, "replace_directory", _raise_eio)

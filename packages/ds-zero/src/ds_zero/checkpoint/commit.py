@@ -64,7 +64,7 @@ class Commit:
         try:
             durable.fsync_path(self.temporary / self.record.file.name)
             self._post(f"done_{self.rank:05d}.json", record_to_json(self.record))
-        except OSError as error:
+        except Exception as error:  # of whatever kind: the other ranks wait for this one
             reason = f"rank {self.rank}: {error}"
             given_up = (self.temporary / "failed").exists()  # then rank 0 has removed the shards
             if not given_up:
@@ -104,7 +104,7 @@ class Commit:
                 leftover.unlink()
             durable.fsync_path(self.temporary)
             durable.replace_directory(self.temporary, self.directory / self.tag, self.nonce)
-        except (OSError, ValueError) as error:  # CheckpointError is an OSError
+        except Exception as error:
             self._post("failed", str(error))
             for shard in self.temporary.glob("*.safetensors"):
                 shard.unlink(missing_ok=True)
