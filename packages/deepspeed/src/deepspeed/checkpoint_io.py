@@ -16,6 +16,7 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -254,9 +255,15 @@ def _state_keys(
     engine: EngineState, directory: str | os.PathLike[str], tag: str | None, allow_pickle: bool | None
 ) -> dict[str, torch.dtype]:
     """States that the optimizer must have memory for before the load (collective: rank 0 moves `latest` last)."""
-    wait(engine)
-    store.wait_for_pending_saves()  # of other engines
+    failure: Exception | None = None
+    try:
+        wait(engine)
+        store.wait_for_pending_saves()  # of other engines
+    except ds_zero.CheckpointError as error:  # maybe this rank's alone: meet the others before raising it
+        failure = error
     ds_comm.barrier(engine.data_parallel_group, label=f"load_checkpoint {tag}: the last save is done")
+    if failure is not None:
+        logger.error("an earlier save failed: %s", failure)
     try:
         return store.state_keys(directory, tag, allow_pickle=allow_pickle)
     except ds_zero.CheckpointError:  # the load itself says so, on all ranks
@@ -342,17 +349,34 @@ def save_16bit_model(
         )
         return False
     state = consolidated_state_dict(engine, exclude_frozen)
-    if state is not None:
-        target = Path(directory) / filename
+    error = [None if state is None else _write_model(state, Path(directory) / filename)]
+    ds_comm.broadcast_object_list(error, src=_first_rank(engine), group=engine.data_parallel_group)
+    if error[0] is not None:
+        raise ds_zero.CheckpointError(f"{filename} was not written to {directory}: {error[0]}")
+    return True
+
+
+def _first_rank(engine: EngineState) -> int:
+    """Global rank of the one that writes."""
+    return ds_comm.get_all_ranks_from_group(engine.data_parallel_group)[0]
+
+
+def _write_model(state: dict[str, Tensor], target: Path) -> str | None:
+    """Write a state dict durably to one file; returns what went wrong."""
+    temporary = target.with_name(f".{target.name}.tmp")
+    try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        temporary = target.with_name(f".{target.name}.tmp")
         if target.suffix == ".safetensors":
             save_file(_untied(state), temporary, metadata={"format": "pt"})
         else:
             torch.save(state, temporary)
+        with open(temporary, "rb") as written:
+            os.fsync(written.fileno())
         os.replace(temporary, target)
-    ds_comm.barrier(engine.data_parallel_group, label="save_16bit_model")
-    return True
+    except (OSError, RuntimeError, SafetensorError) as error:
+        temporary.unlink(missing_ok=True)
+        return str(error)
+    return None
 
 
 def _untied(state: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -140,10 +140,11 @@ class DeepSpeedEngine(ConfigGetters, nn.Module):
             self.tput_timer.start()
         if self._config.fp16.enabled and self._config.fp16.auto_cast:
             inputs, kwargs = _half(inputs), _half(kwargs)
-        with self._autocast():
-            output = self.module(*inputs, **kwargs)
-        self.timers(FORWARD).stop()
-        return output
+        try:
+            with self._autocast():
+                return self.module(*inputs, **kwargs)
+        finally:
+            self.timers(FORWARD).stop()
 
     def _autocast(self) -> contextlib.AbstractContextManager[Any]:
         if not self._config.torch_autocast.enabled:
@@ -163,9 +164,11 @@ class DeepSpeedEngine(ConfigGetters, nn.Module):
         optimizer = self._training_optimizer("backward")
         self.timers(BACKWARD).start()
         steps = self.gradient_accumulation_steps() if scale_wrt_gas else 1
-        optimizer.backward(loss, retain_graph=retain_graph, accumulation=steps)
+        try:
+            optimizer.backward(loss, retain_graph=retain_graph, accumulation=steps)
+        finally:
+            self.timers(BACKWARD).stop()
         self._backward_pending = True
-        self.timers(BACKWARD).stop()
         detached = loss.detach()
         self.callbacks.after_backward(self, detached)
         return detached / steps if steps > 1 else detached

@@ -95,11 +95,11 @@ class GradientReducer:
         if self.config.overlap_comm is not False:
             self._ring.poll()
 
-    def flush(self, force: bool = False) -> None:
+    def flush(self, force: bool = False, kept: bool = False) -> None:
         """End the micro-batch: launch what is left, wait for everything. Nothing to do without a backward."""
         if not self._started and not force:
             return
-        if not self.config.ignore_unused_parameters and not force:
+        if not self.config.ignore_unused_parameters and not kept:
             self._refuse_unused()
         self._launch_rest()
         self._learn_plan()

@@ -109,10 +109,8 @@ class ShardedStorage:
         self.resident = False
 
     def gather(self, async_op: bool = False) -> Work | None:
-        if self.resident:
-            return None
         self.resident = True
-        return self._window.gather(async_op=async_op)
+        return self._window.gather(async_op=async_op)  # free if it is there; waits if it is on its way
 
     def release(self) -> None:
         if self.resident:

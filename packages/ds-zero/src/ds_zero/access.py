@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ds_comm import ReduceOp
 from ds_zero._unit import GradKind
 from ds_zero.errors import ZeroStateError
 from ds_zero.sharded import Place, place_of
@@ -82,14 +83,16 @@ def _master(place: Place) -> Tensor | None:
 
 
 def _grad(place: Place) -> Tensor | None:
-    """The accumulated mean gradient so far, laid out like the own range."""
+    """The accumulated gradient, laid out like the own range: the mean, or the running sum (`_grad_factor`)."""
     unit = place.unit
+    return None if unit.grad_kind is GradKind.EMPTY else unit.grad
+
+
+def _grad_factor(place: Place) -> float:
+    """What `_grad` is multiplied by to be the mean gradient without loss scale. Reading never changes the sum."""
     optimizer = _optimizer(place)
-    if optimizer is None or unit.grad is None or unit.grad_kind is GradKind.EMPTY:
-        return None
-    if unit.grad_kind is GradKind.SUM:
-        optimizer.reducer.finish_means()
-    return unit.grad
+    mean: float = optimizer.reducer.scale if place.unit.grad_kind is GradKind.SUM else 1.0
+    return mean / float(optimizer.loss_scale)
 
 
 def _optimizer(place: Place) -> Any:
@@ -154,7 +157,7 @@ def safe_get_full_grad(parameter: nn.Parameter) -> Tensor | None:
     if optimizer is not None:
         optimizer.end_backward()
     full = _gather(place, _own(place, _grad(place)), "gradient")
-    return None if full is None else full.div_(optimizer.loss_scale)
+    return None if full is None else full.mul_(_grad_factor(place))
 
 
 def safe_get_full_optimizer_state(parameter: nn.Parameter, key: str) -> Tensor | None:
@@ -162,12 +165,20 @@ def safe_get_full_optimizer_state(parameter: nn.Parameter, key: str) -> Tensor |
     place = place_of(parameter)
     if place is None or place.unit.master is None:
         return None
-    own = _state(place, key)
-    if place.owner.parts.state:  # a rank that owns no element of it cannot know whether it exists
-        exists = torch.tensor([float(own is not None)], device=place.unit.device)
-        place.unit.comm.all_reduce(exists, label=f"whether {key} exists")
-        if float(exists):
+    own, problem = None, None
+    try:
+        own = _state(place, key)
+    except ZeroStateError as error:
+        problem = error
+    if place.owner.parts.state:  # a rank that owns no element of it cannot know whether it exists, or is a number
+        found = torch.tensor([2.0 if problem else float(own is not None)], device=place.unit.device)
+        place.unit.comm.all_reduce(found, ReduceOp.MAX, label=f"whether {key} exists")
+        if float(found) == 1.0:
             own = own or (0, torch.empty(0, device=place.unit.device))
+        elif float(found) == 2.0 and problem is None:
+            problem = ZeroStateError(f"optimizer state {key!r} is one number per parameter, not one per element")
+    if problem is not None:
+        raise problem
     return _gather(place, own, key)
 
 
@@ -188,9 +199,7 @@ def safe_set_full_grad(parameter: nn.Parameter, value: Tensor) -> None:
     place = place_of(parameter)
     if place is not None:
         grad = _grad(place)
-        _scatter(
-            place, _own(place, grad), value * (_optimizer(place).loss_scale if grad is not None else 1.0), "gradient"
-        )
+        _scatter(place, _own(place, grad), value if grad is None else value / _grad_factor(place), "gradient")
 
 
 def safe_set_full_optimizer_state(parameter: nn.Parameter, value: Tensor, key: str) -> None:
@@ -241,7 +250,7 @@ def safe_get_local_grad(parameter: nn.Parameter) -> Tensor | None:
     """This rank's elements of the mean gradient, 1-D fp32."""
     place = _local_place(parameter)
     local = _local_get(_own(place, _grad(place)))
-    return None if local is None else local / _optimizer(place).loss_scale
+    return None if local is None else local * _grad_factor(place)
 
 
 def safe_get_local_optimizer_state(parameter: nn.Parameter, key: str) -> Tensor | None:
@@ -264,7 +273,9 @@ def safe_set_local_fp32_param(parameter: nn.Parameter, value: Tensor) -> None:
 def safe_set_local_grad(parameter: nn.Parameter, value: Tensor) -> None:
     """Replace this rank's elements of the mean gradient."""
     place = _local_place(parameter)
-    _local_set(_own(place, _grad(place)), value * _optimizer(place).loss_scale)
+    own = _own(place, _grad(place))
+    if own is not None:
+        _local_set(own, value / _grad_factor(place))
 
 
 def safe_set_local_optimizer_state(parameter: nn.Parameter, value: Tensor, key: str) -> None:

@@ -67,6 +67,7 @@ class ZeroOptimizer(Optimizer):
         self._sync = True
         self._loss_is_scaled = False
         self._gradients_arrived = False
+        self._broken = False
         self._hooks = [
             parameter.register_post_accumulate_grad_hook(self._arrival(unit, index))
             for unit in sharded.trainable
@@ -133,18 +134,27 @@ class ZeroOptimizer(Optimizer):
                 f" {self.reducer.divisor}; use one value for all micro-batches of a step"
             )
         self.reducer.divisor = divisor
+        self._broken = True
         self.scale(loss).backward(retain_graph=retain_graph)
-        self.end_backward()
+        self._broken = False
+        self.end_backward(force=True)
 
     def scale(self, loss: Tensor) -> Tensor:
         """The loss to call `.backward()` on by hand: multiplied by the loss scale."""
         self._loss_is_scaled = True
         return loss if self.loss_scale == 1.0 else loss.float() * self.loss_scale
 
-    def end_backward(self) -> None:
-        """End a micro-batch whose backward ran outside `backward()`; the next forward and `step` do it as well."""
+    def end_backward(self, force: bool = False) -> None:
+        """End a micro-batch whose backward ran outside `backward()`; the next forward and `step` do it as well.
+
+        `force` counts a micro-batch even if no trainable parameter had a part in it on this rank.
+        """
+        if self._broken:
+            raise ZeroStateError(
+                "the last backward raised an error, so its gradients are incomplete; call zero_grad() to drop them"
+            )
         if self._sync:
-            self.reducer.flush()
+            self.reducer.flush(force=force)
         else:
             self.reducer.keep_local()
         if self._gradients_arrived:  # else a scaled loss may still be waiting for its backward
@@ -153,7 +163,7 @@ class ZeroOptimizer(Optimizer):
 
     def reduce_kept(self) -> None:
         """Reduce now what `no_sync` kept (as one micro-batch), without waiting for another backward."""
-        self.reducer.flush(force=True)
+        self.reducer.flush(force=True, kept=True)
 
     @contextlib.contextmanager
     def no_sync(self) -> Iterator[None]:
@@ -187,6 +197,7 @@ class ZeroOptimizer(Optimizer):
         self.end_backward()
         if not self.reducer.micro_batches:
             raise ZeroStateError("step without a backward: no gradient has been reduced since the last step")
+        self.sharded.refuse_unfrozen()
         self.reducer.finish_means()
         for unit in self.sharded.trainable:
             unit.absorb_edits()
@@ -234,13 +245,18 @@ class ZeroOptimizer(Optimizer):
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Forget gradients that have not been stepped with (collective if a backward has not been ended)."""
         self.reducer.clear()
+        if self._broken:
+            self._broken = self._loss_is_scaled = self._gradients_arrived = False
+            self.sharded.end_micro_batch()
         for unit in self.sharded.trainable:
             for parameter in unit.parameters:
                 parameter.grad = None
 
     def has_gradients(self) -> bool:
-        """Whether any unit holds a gradient."""
-        return any(unit.grad_kind is not GradKind.EMPTY or unit.local is not None for unit in self.sharded.trainable)
+        """Whether any unit holds a gradient, or has one on its way."""
+        return self._gradients_arrived or any(
+            unit.grad_kind is not GradKind.EMPTY or unit.local is not None for unit in self.sharded.trainable
+        )
 
     @torch.no_grad()
     def refresh_master(self) -> None:
@@ -268,8 +284,9 @@ class ZeroOptimizer(Optimizer):
         """Publish what was loaded into the masters, and take the segments' scalars over (collective)."""
         for segment, target in zip(self.inner.segments, targets, strict=False):
             state = self.optimizer.state[segment.parameter]
-            for key, value in target.scalars.items():
-                state[key] = torch.tensor(float(value), dtype=torch.float32) if key == "step" else value
+            for key, value in target.scalars.items():  # torch's optimizers keep them as 0-d tensors, some as numbers
+                kind = type(state.get(key))
+                state[key] = kind(value) if kind in (int, float) else torch.tensor(float(value), dtype=torch.float32)
         for segment in self.inner.segments:
             unit = segment.unit
             if unit.master is not None and unit.master is not unit.storage.own:

@@ -252,6 +252,17 @@ class ShardedModel:
             for index, parameter in enumerate(unit.parameters):
                 parameter.__dict__["_zero_place"] = Place(self, unit, index)
 
+    def refuse_unfrozen(self) -> None:
+        """Raise if a parameter was unfrozen after sharding: it has no master and no state, so it would never train."""
+        for unit in self.units:
+            if unit.master is None:
+                for slot, parameter in zip(unit.layout.slots, unit.parameters, strict=True):
+                    if parameter.requires_grad:
+                        raise ZeroStateError(
+                            f"parameter {slot.name!r} requires a gradient, but was frozen (or in no optimizer group)"
+                            " when the model was sharded; unfreeze it before, or freeze it again"
+                        )
+
     def end_micro_batch(self) -> None:
         """Release what a backward left gathered."""
         if self.hooks is not None:
