@@ -87,7 +87,7 @@ def one_rank_reaches_nothing(stage: int) -> list[torch.Tensor]:
     return values(model)
 
 
-@pytest.mark.parametrize("stage", (0, 2))
+@pytest.mark.parametrize("stage", [0, 2])
 def test_a_rank_whose_loss_reaches_no_parameter_contributes_zeros(stage: int) -> None:
     first, second = run_ranks(one_rank_reaches_nothing, 2, stage)
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
