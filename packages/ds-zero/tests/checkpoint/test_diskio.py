@@ -26,6 +26,13 @@ def data() -> bytes:
     return np.random.default_rng(1).integers(0, 256, SIZE, dtype=np.uint8).tobytes()
 
 
+@pytest.fixture(autouse=True)
+def slow_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Any cache counts as slow after two chunks, so that both ways are taken."""
+    monkeypatch.setattr(diskio, "_PROBE_CHUNKS", 2)
+    monkeypatch.setattr(diskio, "_SLOW_CACHE", float("inf"))
+
+
 def check(path: Path, data: bytes) -> None:
     cuts = [0, 3, 5_000_000, 5_000_001, 30_000_000, SIZE]
     buffers = [memoryview(data)[a:b] for a, b in itertools.pairwise(cuts)]
@@ -37,6 +44,12 @@ def check(path: Path, data: bytes) -> None:
 
 
 def test_both_ways_at_once(tmp_path: Path, data: bytes) -> None:
+    check(tmp_path / "x", data)
+
+
+def test_a_fast_cache_gets_no_help(tmp_path: Path, data: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(diskio, "_SLOW_CACHE", 0.0)
+    monkeypatch.setattr(diskio, "open_direct", lambda path, flags: pytest.fail("went past the cache"))
     check(tmp_path / "x", data)
 
 

@@ -2,9 +2,9 @@
 
 Writing through the page cache is fastest while the kernel has warm pages to give; on a virtual machine that must first
 fault them in from its host, or under memory pressure, it is ten times slower than the disk. Writing past the cache
-(O_DIRECT) runs at the speed of the disk. So both run: direct workers and the calling thread take the next chunk from
-one stream whenever they are free, and the faster way does most of the work. Reading takes what the page cache holds
-(RWF_NOWAIT) and the rest past it.
+(O_DIRECT) runs at the speed of the disk. So the first chunks go through the cache and are timed; where it turns out
+slow, direct workers join: they and the calling thread take the next chunk from one stream whenever they are free, and
+the faster way does most of the work. Reading takes what the page cache holds (RWF_NOWAIT) and the rest past it.
 
 Invariants
     chunk i is bytes `[i * CHUNK_NBYTES, ...)`; ranges never overlap, so cached and direct access never meet in a page;
@@ -19,6 +19,7 @@ import errno
 import mmap
 import os
 import threading
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
@@ -31,7 +32,9 @@ __all__ = ["aligned_buffer", "open_direct", "read_cached", "read_direct", "run_w
 _MAX_IOV = 512
 _PAGE = 4096
 _DIRECT_WORKERS = 2
-_MIN_DIRECT_CHUNKS = 8
+_PROBE_CHUNKS = 16
+_SLOW_CACHE = 200e6
+"""Bytes per second below which the page cache gets help; what lies in it afterwards is what makes a load fast."""
 
 
 def open_direct(path: Path, flags: int) -> int | None:
@@ -122,10 +125,19 @@ class _ChunkWriter:
 
         self._work(write)
 
+    def _cache_is_slow(self) -> bool:
+        """Write the first chunks through the cache and time them."""
+        begin = time.perf_counter()
+        for _ in range(_PROBE_CHUNKS):
+            taken = self._take()
+            if taken is not None:
+                self._cached(*taken)
+        return self.nbytes < _SLOW_CACHE * (time.perf_counter() - begin)
+
     def run(self, total_nbytes: int) -> None:
         try:
             bodies: list[Callable[[], None]] = [lambda: self._work(self._cached)]
-            if total_nbytes >= _MIN_DIRECT_CHUNKS * CHUNK_NBYTES:
+            if total_nbytes > _PROBE_CHUNKS * CHUNK_NBYTES and self._cache_is_slow():
                 self._direct = open_direct(self._path, os.O_WRONLY)
                 if self._direct is not None:
                     bodies += [self._direct_body] * _DIRECT_WORKERS
