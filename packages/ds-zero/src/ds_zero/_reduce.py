@@ -150,8 +150,14 @@ class GradientReducer:
         assert unit.grad is not None
         scale = 1.0 if unit.grad_kind is GradKind.SUM else self.scale
         unit.densify()
+        alone = self.comm.kind == "local" and not accumulate and scale == 1.0
         for columns in self._buckets(unit):
             width = columns.stop - columns.start
+            if alone and unit.grad.dtype == unit.storage.full.dtype:  # the sum of one: no window between
+                op = "reduce_scatter" if self.shard_state and self.config.reduce_scatter else "all_reduce"
+                self.comm.enter(op, unit.grad.dtype, width, unit.layout.name)
+                unit.collect(unit.grad[columns], columns)
+                continue
             window = self._ring.take(width * unit.num_rows, unit.storage.full.dtype, unit.device)
             unit.collect(window.local, columns)
             self._ring.started(window, self._reduce(unit, window, unit.grad[columns], accumulate, scale))
