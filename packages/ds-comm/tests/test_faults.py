@@ -176,7 +176,8 @@ def test_port_taken() -> None:
 
 
 SCRIPT = """
-import sys, time, torch, ds_comm
+import signal, torch, ds_comm
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job inherits it ignored
 ds_comm.init_distributed("gloo", timeout=30)
 comm = ds_comm.communicator()
 window = comm.reduce_window(1 << 20, torch.bfloat16, label="w")
