@@ -30,7 +30,7 @@ SIBLINGS = {
     "deepspeed": ("ds-comm", "ds-kernels", "ds-zero", "ds-pipe", "ds-inference"),
 }
 # A package that behaves otherwise with an extra is tested both ways: all tests without it, the marked ones with it.
-TESTED = [*SIBLINGS, "ds-comm[cpu]", "ds-zero[cpu]"]
+TESTED = [*SIBLINGS, "ds-comm[cpu]", "ds-zero[cpu]", "ds-kernels[cpu]", "ds-kernels[triton]"]
 PYTHONS = ["3.10", "3.11", "3.12", "3.13"]
 TEST_TOOLS = ["pytest>=8", "pytest-timeout>=2.3", "hypothesis>=6.100"]
 # Two ranks on two cores: more threads than that only get in each other's way.
@@ -54,11 +54,11 @@ def from_checkout(package: str) -> list[str]:
     return [str(ROOT / "packages" / sibling) for sibling in SIBLINGS[name]] + [str(ROOT / "packages" / package)]
 
 
-def run_tests(session: nox.Session, name: str, *options: str) -> None:
+def run_tests(session: nox.Session, name: str, *options: str, **environment: str) -> None:
     # pytest ends with 5 where a selection (-k and such after --) leaves no test of a package.
     success = [0, 5] if session.posargs else [0]
     command = ["python", "-m", "pytest", *options, str(ROOT / "packages" / name / "tests"), *session.posargs]
-    session.run(*command, env=ENVIRONMENT, success_codes=success)
+    session.run(*command, env=ENVIRONMENT | environment, success_codes=success)
 
 
 @nox.session
@@ -67,7 +67,10 @@ def tests(session: nox.Session, package: str) -> None:
     """Each package's tests in a bare environment, by the Python that runs nox."""
     install(session, *from_checkout(package), *TEST_TOOLS)
     name, _, extra = package.partition("[")
-    if extra:
+    if extra == "triton]":  # the interpreter changes what @triton.jit makes, so it has a process of its own
+        run_tests(session, name, "-m", "aot")
+        run_tests(session, name, "-m", "interpreter", TRITON_INTERPRET="1")
+    elif extra:
         run_tests(session, name, "-m", f"{extra[:-1]}_extra")
     else:
         run_tests(session, name)

@@ -1,12 +1,49 @@
 """Kernels for PyTorch, each with a plain-torch reference as its specification.
 
-This release holds the package's name and version only. The kernels come with later releases: per operation a
-reference in plain torch (the specification), a Triton version for GPUs and, where torch's own CPU operation is not at
-the memory bandwidth, a numba version.
+Operations (`ops`), optimizers (`optim`), layers (`nn`, `transformer`) and `apply_kernels`, which puts them into
+Hugging Face models. Triton on GPUs; on CPU torch's fused operations, and numba where those are slower (extra
+`ds-kernels[cpu]`). Names are imported when they are first used.
 """
 
 from __future__ import annotations
 
+import importlib
+from typing import TYPE_CHECKING, Any
+
 from ds_kernels.__about__ import __version__
 
-__all__ = ["__version__"]
+if TYPE_CHECKING:
+    from ds_kernels._dispatch import BACKENDS, HAS_TRITON, available_backends, use_backend
+    from ds_kernels.errors import BackendError, KernelArgumentError, PatchError
+    from ds_kernels.ops.rms_norm import rms_norm
+
+_NAMES = {
+    "_dispatch": ("BACKENDS", "HAS_TRITON", "available_backends", "use_backend"),
+    "errors": ("BackendError", "KernelArgumentError", "PatchError"),
+    "ops.rms_norm": ("rms_norm",),
+}
+_HOMES = {name: module for module, names in _NAMES.items() for name in names}
+
+__all__ = [
+    "BACKENDS",
+    "HAS_TRITON",
+    "BackendError",
+    "KernelArgumentError",
+    "PatchError",
+    "__version__",
+    "available_backends",
+    "rms_norm",
+    "use_backend",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,1 @@
+"""How numba kernels run on torch's own threads; see `launch` and `intrinsics`."""

@@ -1,0 +1,234 @@
+"""What kernels of `launch` are written with: slots, arrays over raw pointers, the hand-out of items, 16-bit floats.
+
+Everything is inlined into the kernel. Arrays are views without bounds checks; their element counts are the kernel's
+responsibility. 16-bit floats are arrays of uint16: `bf16` widens exactly and rounds to nearest even as torch does.
+"""
+# mypy: disable-error-code="import-untyped,misc,untyped-decorator,no-untyped-call,no-any-return,no-untyped-def,type-arg"
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from llvmlite import ir
+from numba import carray, njit, types
+from numba.extending import intrinsic
+
+__all__ = [
+    "as_bits", "as_float", "bf16_to_f32", "f32_array", "f32_to_bf16", "f32_to_fp16", "f64_array", "float_at",
+    "fp16_to_f32", "grain", "i8_array", "i32_array", "i64_array", "load", "store", "take", "total", "u8_array",
+    "u16_array", "u32_array",
+]  # fmt: skip
+
+BF16, FP16, F32 = 1, 2, 0
+"""Dtype codes that `load` and `store` take; `ds_kernels._cpu.dtypes.CODES` gives a tensor's."""
+
+
+def _pointer_cast(pointee: Any, llvm: Any) -> Any:
+    @intrinsic
+    def cast(_context: Any, address: Any) -> Any:
+        def codegen(_ctx: Any, builder: Any, _sig: Any, args: Any) -> Any:
+            return builder.inttoptr(args[0], llvm.as_pointer())
+
+        return types.CPointer(pointee)(types.int64), codegen
+
+    return cast
+
+
+_f32p = _pointer_cast(types.float32, ir.FloatType())
+_f64p = _pointer_cast(types.float64, ir.DoubleType())
+_u8p = _pointer_cast(types.uint8, ir.IntType(8))
+_i8p = _pointer_cast(types.int8, ir.IntType(8))
+_u16p = _pointer_cast(types.uint16, ir.IntType(16))
+_u32p = _pointer_cast(types.uint32, ir.IntType(32))
+_i32p = _pointer_cast(types.int32, ir.IntType(32))
+_i64p = _pointer_cast(types.int64, ir.IntType(64))
+
+
+@njit(inline="always")
+def f32_array(a, slot, numel):
+    """The float32 array whose address is in a slot."""
+    return carray(_f32p(a[slot]), numel)
+
+
+@njit(inline="always")
+def f64_array(a, slot, numel):
+    """The float64 array whose address is in a slot."""
+    return carray(_f64p(a[slot]), numel)
+
+
+@njit(inline="always")
+def u8_array(a, slot, numel):
+    """The uint8 array whose address is in a slot."""
+    return carray(_u8p(a[slot]), numel)
+
+
+@njit(inline="always")
+def i8_array(a, slot, numel):
+    """The int8 array whose address is in a slot."""
+    return carray(_i8p(a[slot]), numel)
+
+
+@njit(inline="always")
+def u16_array(a, slot, numel):
+    """The uint16 array whose address is in a slot: the bits of bf16 or fp16."""
+    return carray(_u16p(a[slot]), numel)
+
+
+@njit(inline="always")
+def u32_array(a, slot, numel):
+    """The uint32 array whose address is in a slot."""
+    return carray(_u32p(a[slot]), numel)
+
+
+@njit(inline="always")
+def i32_array(a, slot, numel):
+    """The int32 array whose address is in a slot."""
+    return carray(_i32p(a[slot]), numel)
+
+
+@njit(inline="always")
+def i64_array(a, slot, numel):
+    """The int64 array whose address is in a slot."""
+    return carray(_i64p(a[slot]), numel)
+
+
+@intrinsic
+def _double(_context: Any, bits: Any) -> Any:
+    def codegen(_ctx: Any, builder: Any, _sig: Any, args: Any) -> Any:
+        return builder.bitcast(args[0], ir.DoubleType())
+
+    return types.float64(types.int64), codegen
+
+
+@njit(inline="always")
+def float_at(a, slot):
+    """The float (fp64) in a slot."""
+    return _double(a[slot])
+
+
+@intrinsic
+def _fetch_add(_context: Any, pointer: Any, amount: Any) -> Any:
+    def codegen(_ctx: Any, builder: Any, _sig: Any, args: Any) -> Any:
+        return builder.atomic_rmw("add", args[0], args[1], "monotonic")
+
+    return types.int64(types.CPointer(types.int64), types.int64), codegen
+
+
+@njit(inline="always")
+def take(a):
+    """The first of the next `grain(a)` items to work on; `>= total(a)` when none is left."""
+    return _fetch_add(a, a[2])
+
+
+@njit(inline="always")
+def total(a):
+    """The number of items."""
+    return a[1]
+
+
+@njit(inline="always")
+def grain(a):
+    """How many items `take` hands out at a time."""
+    return a[2]
+
+
+@intrinsic
+def as_float(_context: Any, bits: Any) -> Any:
+    """Reinterpret 32 bits as a float."""
+
+    def codegen(_ctx: Any, builder: Any, _sig: Any, args: Any) -> Any:
+        return builder.bitcast(args[0], ir.FloatType())
+
+    return types.float32(types.uint32), codegen
+
+
+@intrinsic
+def as_bits(_context: Any, value: Any) -> Any:
+    """Reinterpret a float as its 32 bits."""
+
+    def codegen(_ctx: Any, builder: Any, _sig: Any, args: Any) -> Any:
+        return builder.bitcast(args[0], ir.IntType(32))
+
+    return types.uint32(types.float32), codegen
+
+
+@intrinsic
+def _half_to_float(_context: Any, half: Any) -> Any:
+    """fp16 bits to fp32 by the hardware's conversion (F16C and its kin)."""
+
+    def codegen(_ctx: Any, builder: Any, _sig: Any, args: Any) -> Any:
+        return builder.fpext(builder.bitcast(args[0], ir.HalfType()), ir.FloatType())
+
+    return types.float32(types.uint16), codegen
+
+
+@intrinsic
+def _float_to_half(_context: Any, value: Any) -> Any:
+    """fp32 to fp16 bits by the hardware's conversion: to nearest even, overflow to infinity."""
+
+    def codegen(_ctx: Any, builder: Any, _sig: Any, args: Any) -> Any:
+        return builder.bitcast(builder.fptrunc(args[0], ir.HalfType()), ir.IntType(16))
+
+    return types.uint16(types.float32), codegen
+
+
+@njit(inline="always")
+def bf16_to_f32(bits):
+    """Exact."""
+    return as_float(np.uint32(np.uint32(bits) << np.uint32(16)))
+
+
+@njit(inline="always")
+def f32_to_bf16(value):
+    """Round to nearest even; a NaN stays one (rounding its bits could carry it to infinity)."""
+    bits = as_bits(np.float32(value))
+    rounded = np.uint32(bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16)
+    is_nan = (bits & np.uint32(0x7FFFFFFF)) > np.uint32(0x7F800000)
+    return np.uint16(np.uint32(0x7FC0) if is_nan else rounded)
+
+
+@njit(inline="always")
+def fp16_to_f32(bits):
+    """Exact."""
+    return _half_to_float(np.uint16(bits))
+
+
+@njit(inline="always")
+def f32_to_fp16(value):
+    """Round to nearest even, overflow to infinity."""
+    return _float_to_half(np.float32(value))
+
+
+@njit(inline="always")
+def load(a, slot, code, start, n, out):
+    """Widen elements [start, start + n) of the tensor in a slot (dtype code) into the fp32 array `out`."""
+    if code == BF16:
+        halves = u16_array(a, slot, start + n)[start:]
+        for i in range(n):
+            out[i] = bf16_to_f32(halves[i])
+    elif code == FP16:
+        halves = u16_array(a, slot, start + n)[start:]
+        for i in range(n):
+            out[i] = fp16_to_f32(halves[i])
+    else:
+        floats = f32_array(a, slot, start + n)[start:]
+        for i in range(n):
+            out[i] = floats[i]
+
+
+@njit(inline="always")
+def store(a, slot, code, start, n, values):
+    """Round the fp32 array `values` into elements [start, start + n) of the tensor in a slot (dtype code)."""
+    if code == BF16:
+        halves = u16_array(a, slot, start + n)[start:]
+        for i in range(n):
+            halves[i] = f32_to_bf16(values[i])
+    elif code == FP16:
+        halves = u16_array(a, slot, start + n)[start:]
+        for i in range(n):
+            halves[i] = f32_to_fp16(values[i])
+    else:
+        floats = f32_array(a, slot, start + n)[start:]
+        for i in range(n):
+            floats[i] = values[i]

@@ -1,0 +1,111 @@
+"""Numba kernels on torch's own OpenMP threads: no second thread pool, the thread count is torch's.
+
+A kernel is a C function of one argument, an array of 64-bit *slots*, compiled by numba without touching Python:
+
+    @kernel
+    def _double(a):                      # a: slots
+        x = f32_array(a, HEAD, numel(a)) # see `intrinsics`
+        ...
+        low = take(a)                    # items are handed out in grains, so uneven threads do not wait for each other
+        while low < total(a):
+            for i in range(low, min(low + grain(a), total(a))):
+                x[i] *= 2
+            low = take(a)
+
+`launch(_double, tensor, items=..., grain=...)` packs its arguments into the slots after the head (tensors as data
+pointers, floats as their bits) and calls the function on torch's OpenMP threads through libgomp's entry point
+`GOMP_parallel`, which is in the process since torch loaded it. Where it is not (macOS, Windows), one thread runs it.
+
+Compiled at the first launch, cached on disk by numba beside the source (or under NUMBA_CACHE_DIR). Results never
+depend on the number of threads: whoever takes an item computes it alone, and sums over items go through partial results
+of fixed groups of items.
+
+A caution for developers: numba's cache looks at the kernel's own file only. After editing `intrinsics.py`, delete the
+*.nbc and *.nbi files.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import importlib.util
+import os
+import struct
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+__all__ = ["HAS_NUMBA", "HEAD", "Kernel", "kernel", "launch"]
+
+HAS_NUMBA: bool = importlib.util.find_spec("numba") is not None and os.environ.get("DS_KERNELS_NUMBA", "1") != "0"
+"""Whether numba is installed and not switched off by DS_KERNELS_NUMBA=0."""
+
+HEAD = 3
+"""Slots in front of a kernel's own: the next item to hand out, the number of items, the grain."""
+
+FASTMATH = {"reassoc", "contract", "nsz", "arcp", "afn"}
+"""Liberties of the compiler: it may reorder sums and fuse multiply-adds; NaN and infinity mean what they mean."""
+
+
+class Kernel:
+    """A numba function of slots, compiled when it is first launched."""
+
+    def __init__(self, function: Callable[[Any], None]) -> None:
+        self._function = function
+        self.__name__ = function.__name__
+        self.__doc__ = function.__doc__
+
+    @functools.cached_property
+    def _compiled(self) -> Any:
+        from numba import cfunc, types
+
+        return cfunc(types.void(types.CPointer(types.int64)), cache=True, fastmath=FASTMATH)(self._function)
+
+    @functools.cached_property
+    def address(self) -> int:
+        """Of the machine code."""
+        return int(self._compiled.address)
+
+    @functools.cached_property
+    def call(self) -> Any:
+        """The function for this thread alone, through ctypes (which releases the GIL)."""
+        return self._compiled.ctypes
+
+
+def kernel(function: Callable[[Any], None]) -> Kernel:
+    """Make a `Kernel` of a function of slots."""
+    return Kernel(function)
+
+
+@functools.cache
+def _gomp_parallel() -> Any:
+    try:
+        entry = ctypes.CDLL(None).GOMP_parallel
+    except (AttributeError, OSError, TypeError):
+        return None
+    entry.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint]
+    entry.restype = None
+    return entry
+
+
+def launch(function: Kernel, *args: Tensor | int | float, items: int, grain: int = 1) -> None:
+    """Run a kernel over `items` work items, `grain` at a time, on up to `torch.get_num_threads()` threads.
+
+    Tensors must be alive until it returns, contiguous as the kernel expects, and on the CPU: nothing is checked here.
+    """
+    slots = (ctypes.c_int64 * (HEAD + len(args)))(0, items, grain)
+    for index, argument in enumerate(args, HEAD):
+        if isinstance(argument, Tensor):
+            slots[index] = argument.data_ptr()
+        elif isinstance(argument, float):
+            slots[index] = struct.unpack("q", struct.pack("d", argument))[0]
+        else:
+            slots[index] = argument
+    threads = min(torch.get_num_threads(), -(-items // grain))
+    parallel = _gomp_parallel() if threads > 1 else None
+    if parallel is None:
+        function.call(slots)
+    else:
+        parallel(function.address, slots, threads, 0)

@@ -1,0 +1,98 @@
+"""rms_norm against its formula in fp64: forward, both gradients, awkward shapes, torch.compile, bad input."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from numerics import DTYPES, check_against
+from torch import Tensor
+
+from ds_kernels import KernelArgumentError, rms_norm
+
+SHAPES = [(7, 33), (1, 576), (2, 3, 64), (5, 1), (257, 128), (3, 9001), (17,)]
+
+
+def specification(x: Tensor, weight: Tensor | None, eps: float, offset: float) -> Tensor:
+    y = x / torch.sqrt(x.square().mean(-1, keepdim=True) + eps)
+    return y if weight is None else y * (offset + weight)
+
+
+def apply(x: Tensor, weight: Tensor | None, eps: float, offset: float) -> Tensor:
+    return rms_norm(x, weight, eps, offset=offset)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_forward_and_gradients(backend: str, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    x = torch.randn(shape).to(dtype).requires_grad_()
+    weight = torch.randn(shape[-1]).to(dtype).requires_grad_()
+    # one column: the gradient is a difference of two nearly equal terms of the size of grad * rstd
+    magnitude = 64.0 if shape[-1] == 1 else None
+    check_against(apply, specification, x, weight, 1e-6, 1.0, magnitude=magnitude)
+
+
+def test_no_weight_and_mixed_dtypes(backend: str) -> None:
+    check_against(apply, specification, torch.randn(5, 40, requires_grad=True), None, 1e-5, 0.0)
+    x = torch.randn(5, 40, dtype=torch.bfloat16, requires_grad=True)
+    check_against(apply, specification, x, torch.randn(40, requires_grad=True), 1e-5, 0.0)
+
+
+def test_non_contiguous(backend: str) -> None:
+    x = torch.randn(40, 6, 2)[..., 0].t().requires_grad_()
+    check_against(apply, specification, x, torch.randn(40, requires_grad=True), 1e-6, 0.0)
+
+
+def test_no_rows(backend: str) -> None:
+    x = torch.randn(0, 8, requires_grad=True)
+    weight = torch.randn(8, requires_grad=True)
+    y = rms_norm(x, weight)
+    y.sum().backward()
+    assert y.shape == (0, 8)
+    assert weight.grad is not None and not weight.grad.any()
+
+
+@pytest.mark.parametrize("scale", [1e-20, 1e15])
+def test_extreme_values(backend: str, scale: float) -> None:
+    check_against(apply, specification, torch.randn(4, 100) * scale, torch.randn(100), 1e-6, 0.0)
+
+
+def test_not_a_number_stays_in_its_row(backend: str) -> None:
+    x = torch.randn(3, 16)
+    x[1, 2] = float("nan")
+    y = rms_norm(x, torch.ones(16))
+    assert y[1].isnan().all() and y[[0, 2]].isfinite().all()
+
+
+def test_threads_do_not_change_bits() -> None:
+    x = torch.randn(301, 96, dtype=torch.bfloat16)
+    weight = torch.randn(96, requires_grad=True)
+    found = []
+    before = torch.get_num_threads()
+    try:
+        for threads in (1, 2):
+            torch.set_num_threads(threads)
+            y = rms_norm(x.requires_grad_(), weight)
+            found.append((y.detach(), *torch.autograd.grad(y.float().square().sum(), [x, weight])))
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(one, two) for one, two in zip(*found, strict=True))
+
+
+def test_compiles_without_graph_break(backend: str) -> None:
+    x, weight = torch.randn(4, 32, requires_grad=True), torch.randn(32, requires_grad=True)
+    compiled = torch.compile(rms_norm, fullgraph=True, backend="aot_eager")
+    expected = torch.autograd.grad(rms_norm(x, weight).sin().sum(), [x, weight])
+    got = torch.autograd.grad(compiled(x, weight).sin().sum(), [x, weight])
+    assert all(torch.equal(one, two) for one, two in zip(got, expected, strict=True))
+
+
+def test_bad_input() -> None:
+    x = torch.randn(4, 8)
+    with pytest.raises(KernelArgumentError, match=r"weight has shape \(7,\); expected \(8,\)"):
+        rms_norm(x, torch.ones(7))
+    with pytest.raises(KernelArgumentError, match=r"x is of dtype torch.int64; supported are float32"):
+        rms_norm(torch.ones(4, 8, dtype=torch.int64))
+    with pytest.raises(KernelArgumentError, match="weight is on meta"):
+        rms_norm(x, torch.ones(8, device="meta"))
+    with pytest.raises(KernelArgumentError, match="scalar"):
+        rms_norm(torch.tensor(1.0))
