@@ -343,3 +343,28 @@ def test_rank_zero_gives_the_initial_values() -> None:
     expected = dict(z.build("Net", seed=0).named_parameters())
     for values in run_ranks(differing_seeds, 2):
         assert all(torch.equal(values[n], p) for n, p in expected.items())
+
+
+def train_alone(name: str, dtype: str | None, look: bool, clip: float) -> dict[str, torch.Tensor]:
+    """Four steps of one rank; with `look`, the gradients are put into flat memory before each step."""
+    model, zero = start(2, name, dtype=dtype, gradient_clipping=clip)
+    norms = []
+    for step in range(4):
+        zero.backward(model(z.batch(step), step))
+        gradients = [ds_zero.safe_get_full_grad(p) for p in model.parameters()] if look else []
+        zero.step()
+        if gradients:
+            norms.append(torch.stack([g.double().square().sum() for g in gradients if g is not None]).sum().sqrt())
+            assert zero.grad_norm == pytest.approx(float(norms[-1]), rel=1e-6)
+    return z.values_of(model)
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [("Tied", None), ("Unused", None), ("Mixed", None), ("Sparse", None), ("Frozen", "bf16"), ("Unused", "bf16")],
+)
+@pytest.mark.parametrize("clip", [0.0, 0.1])
+def test_a_rank_alone_updates_from_gradients_as_they_lie(name: str, dtype: str | None, clip: float) -> None:
+    """Reading a gradient puts the unit's into flat memory; the update gives the same bits from both."""
+    loose, flat = (run_ranks(train_alone, 1, name, dtype, look, clip)[0] for look in (False, True))
+    assert all(torch.equal(loose[key], flat[key]) for key in flat)

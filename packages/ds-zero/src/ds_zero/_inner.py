@@ -136,31 +136,32 @@ class InnerOptimizer:
         state["step"] += 1
         kernel = torch._fused_adamw_ if self._decoupled(group) else torch._fused_adam_
         unit = segment.unit
-        assert unit.grad is not None and unit.master is not None
-        master, grad, out = segment.parameter.data, segment.of(unit.grad), segment.of(unit.storage.own)
+        master, out = segment.parameter.data, segment.of(unit.storage.own)
         device_type = master.device.type
         step = state["step"] if device_type == "cpu" else state["step"].to(master.device)
         chunk = CHUNK_NUMEL * torch.get_num_threads() if device_type == "cpu" else segment.numel
         beta1, beta2 = group["betas"]
-        for start in range(0, segment.numel, chunk):
-            part = slice(start, min(start + chunk, segment.numel))
-            kernel(
-                [master[part]],
-                [self._scaled(grad[part], coefficient)],
-                [state["exp_avg"][part]],
-                [state["exp_avg_sq"][part]],
-                [state["max_exp_avg_sq"][part]] if group["amsgrad"] else [],
-                [step],
-                lr=group["lr"],
-                beta1=beta1,
-                beta2=beta2,
-                weight_decay=group["weight_decay"],
-                eps=group["eps"],
-                amsgrad=group["amsgrad"],
-                maximize=group["maximize"],
-            )
-            if unit.master is not unit.storage.own:
-                out[part].copy_(master[part])
+        for offset, grad in unit.grad_parts(segment.offset, segment.numel):
+            for start in range(0, grad.numel(), chunk):
+                stop = min(start + chunk, grad.numel())
+                part = slice(offset + start, offset + stop)
+                kernel(
+                    [master[part]],
+                    [self._scaled(grad[start:stop], coefficient)],
+                    [state["exp_avg"][part]],
+                    [state["exp_avg_sq"][part]],
+                    [state["max_exp_avg_sq"][part]] if group["amsgrad"] else [],
+                    [step],
+                    lr=group["lr"],
+                    beta1=beta1,
+                    beta2=beta2,
+                    weight_decay=group["weight_decay"],
+                    eps=group["eps"],
+                    amsgrad=group["amsgrad"],
+                    maximize=group["maximize"],
+                )
+                if unit.master is not unit.storage.own:
+                    out[part].copy_(master[part])
 
     def _decoupled(self, group: dict[str, Any]) -> bool:
         return bool(group.get("decoupled_weight_decay", isinstance(self.optimizer, AdamW)))

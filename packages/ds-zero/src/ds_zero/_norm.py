@@ -58,7 +58,7 @@ def global_norm(units: Sequence[Unit], comm: Communicator, *, sharded: bool) -> 
     """L2 norm over all units' mean gradients; the same float on every rank (inf or NaN if any element is)."""
     if not units:
         return 0.0
-    squares = [sum_of_squares(unit.grad) for unit in units if unit.grad is not None]
+    squares = [sum_of_squares(part) for unit in units for _, part in unit.grad_parts(0, unit.stop - unit.start)]
     total = torch.stack(squares).sum().reshape(1)
     if sharded:
         comm.all_reduce(total, label="gradient norm")

@@ -145,25 +145,31 @@ class GradientReducer:
             self._promote(unit)
         accumulate = unit.grad_kind is GradKind.SUM
         if not accumulate:
-            unit.grad = self._gradient_buffer(unit)
             unit.grad_kind = GradKind.SUM if self._accumulates else GradKind.MEAN
-        assert unit.grad is not None
         scale = 1.0 if unit.grad_kind is GradKind.SUM else self.scale
         unit.densify()
-        alone = self.comm.kind == "local" and not accumulate and scale == 1.0
+        if not accumulate and self._is_sum_of_one(unit, scale):
+            op = "reduce_scatter" if self.shard_state and self.config.reduce_scatter else "all_reduce"
+            for columns in self._buckets(unit):
+                self.comm.enter(op, unit.storage.full.dtype, columns.stop - columns.start, unit.layout.name)
+            unit.keep_loose()
+            return
+        if not accumulate:
+            unit.grad = self._gradient_buffer(unit)
         for columns in self._buckets(unit):
+            assert unit.grad is not None
             width = columns.stop - columns.start
-            if alone and unit.grad.dtype == unit.storage.full.dtype:  # the sum of one: no window between
-                op = "reduce_scatter" if self.shard_state and self.config.reduce_scatter else "all_reduce"
-                self.comm.enter(op, unit.grad.dtype, width, unit.layout.name)
-                unit.collect(unit.grad[columns], columns)
-                continue
             window = self._ring.take(width * unit.num_rows, unit.storage.full.dtype, unit.device)
             unit.collect(window.local, columns)
             self._ring.started(window, self._reduce(unit, window, unit.grad[columns], accumulate, scale))
             if self.config.overlap_comm is False:
                 self._ring.drain()
         unit.collected()
+
+    def _is_sum_of_one(self, unit: Unit, scale: float) -> bool:
+        """Whether the first gradient of a unit needs no arithmetic: one rank, nothing kept, no rounding, no scaling."""
+        same = self._buffer_dtype(unit) == unit.storage.full.dtype
+        return self.comm.kind == "local" and unit.local is None and scale == 1.0 and same
 
     def _buckets(self, unit: Unit) -> Iterator[slice]:
         """Ranges of columns, each a multiple of what the ranks share."""
@@ -194,8 +200,10 @@ class GradientReducer:
         return window.reduce_scatter(out, accumulate=accumulate, scale=scale, label=label)
 
     def _gradient_buffer(self, unit: Unit) -> Tensor:
-        dtype = torch.float32 if self._accumulates else self.gradient_dtype(unit)
-        return torch.empty(unit.stop - unit.start, dtype=dtype, device=unit.device)
+        return torch.empty(unit.stop - unit.start, dtype=self._buffer_dtype(unit), device=unit.device)
+
+    def _buffer_dtype(self, unit: Unit) -> torch.dtype:
+        return torch.float32 if self._accumulates else self.gradient_dtype(unit)
 
     def _learn_plan(self) -> None:
         """After the first micro-batch: reduce in the order in which rank 0 saw the units complete."""

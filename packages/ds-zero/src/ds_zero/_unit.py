@@ -11,13 +11,15 @@ Gradient vocabulary
     arrived   slots whose gradient autograd has finished in this micro-batch (it waits in `param.grad`)
     grad      the own range's reduced gradient; `grad_kind` says whether it holds nothing, a running fp32 sum, or the
               finished mean in the gradient dtype
+    loose     the gradients as autograd made them, of a rank that shares the unit with nobody: `grad` puts them into
+              one flat tensor only for those who ask for that; norm and update read `grad_parts`
     local     fp32 sum of micro-batches that `no_sync` kept from being reduced (full size; None otherwise)
 """
 
 from __future__ import annotations
 
 import enum
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -26,7 +28,7 @@ from ds_comm import Communicator, Work
 from ds_zero._param import mark_gathered, mark_released
 from ds_zero._storage import ParamStorage, ReplicatedStorage, ShardedStorage
 from ds_zero.errors import ZeroStateError
-from ds_zero.layout import ParamSlot, Piece, ShardMap, UnitLayout
+from ds_zero.layout import ALIGNMENT, ParamSlot, ShardMap, UnitLayout
 
 __all__ = ["GradKind", "Unit", "UnitStatus", "copy_changed"]
 
@@ -84,7 +86,8 @@ class Unit:
             else ReplicatedStorage(layout, comm, (self.start, self.stop), device)
         )
         self.master: Tensor | None = None
-        self.grad: Tensor | None = None
+        self._grad: Tensor | None = None
+        self._loose: list[Tensor | None] | None = None
         self.grad_kind = GradKind.EMPTY
         self.local: Tensor | None = None
         self.arrived: set[int] = set()
@@ -201,6 +204,51 @@ class Unit:
     # -- gradient ----------------------------------------------------------------------------------------------
 
     @property
+    def grad(self) -> Tensor | None:
+        """The own range's gradient in one flat tensor; None without one."""
+        if self._loose is not None:
+            flat = torch.empty(self.stop - self.start, dtype=self.storage.full.dtype, device=self.device)
+            self._fill(flat, self.start, self.stop)
+            self.grad = flat
+        return self._grad
+
+    @grad.setter
+    def grad(self, value: Tensor | None) -> None:
+        self._loose = None
+        self._grad = value
+
+    def keep_loose(self) -> None:
+        """The waiting gradients are the own range's gradient already: take them as they lie."""
+        for piece in self.layout.pieces(self.start, self.stop):
+            self._check(self.parameters[self._index[piece.slot.name]].grad, piece.slot)
+        self._loose = [parameter.grad for parameter in self.parameters]
+        self._grad = None
+        self.collected()
+
+    def grad_parts(self, offset: int, numel: int) -> Iterator[tuple[int, Tensor]]:
+        """Elements `[offset, offset + numel)` of the gradient, as 1-D tensors and where in that range each begins.
+
+        The range is a segment's. Parts begin and end at multiples of ALIGNMENT, so that an elementwise kernel rounds
+        as it does in the flat tensor; gaps of the layout may be left out: they are zero, and stay zero when updated.
+        """
+        if self._loose is None or self.device.type != "cpu":  # elsewhere few long kernels are better than many short
+            assert self.grad is not None
+            yield 0, self.grad[offset : offset + numel]
+            return
+        for piece in self.layout.pieces(self.start + offset, self.start + offset + numel):
+            grad = self._loose[self._index[piece.slot.name]]
+            if grad is None:
+                grad = torch.zeros(piece.slot.numel, dtype=self.storage.full.dtype)
+            flat = grad.reshape(-1)[piece.start : piece.stop]
+            whole = piece.numel - piece.numel % ALIGNMENT
+            if whole:
+                yield piece.offset, flat[:whole]
+            if whole < piece.numel:
+                rest = torch.zeros(ALIGNMENT, dtype=flat.dtype)
+                rest[: piece.numel - whole].copy_(flat[whole:])
+                yield piece.offset + whole, rest
+
+    @property
     def complete(self) -> bool:
         """Whether autograd has finished every gradient of the unit."""
         return len(self.arrived) == len(self.parameters)
@@ -225,26 +273,31 @@ class Unit:
         width = self.stop - self.start
         for row, part in enumerate(out.view(self.num_rows, -1)):
             start = row * width + columns.start
-            filled = 0
-            for piece in self.layout.pieces(start, row * width + columns.stop):
-                part[filled : piece.offset].zero_()
-                filled = piece.offset + piece.numel
-                self._collect_piece(part[piece.offset : filled], piece)
-            part[filled:].zero_()
+            self._fill(part, start, row * width + columns.stop)
             if self.local is not None:
                 part.add_(self.local[start : row * width + columns.stop])
 
-    def _collect_piece(self, out: Tensor, piece: Piece) -> None:
-        grad = self.parameters[self._index[piece.slot.name]].grad
-        if grad is None:
-            out.zero_()
-            return
-        if grad.shape != torch.Size(piece.slot.shape):
+    def _fill(self, out: Tensor, start: int, stop: int) -> None:
+        """Copy the gradients of `[start, stop)` of the flat into `out`: the loose ones, else those that wait."""
+        filled = 0
+        for piece in self.layout.pieces(start, stop):
+            out[filled : piece.offset].zero_()
+            filled = piece.offset + piece.numel
+            index = self._index[piece.slot.name]
+            grad = self.parameters[index].grad if self._loose is None else self._loose[index]
+            self._check(grad, piece.slot)
+            if grad is None:
+                out[piece.offset : filled].zero_()
+            else:
+                out[piece.offset : filled].copy_(grad.reshape(-1)[piece.start : piece.stop])
+        out[filled:].zero_()
+
+    def _check(self, grad: Tensor | None, slot: ParamSlot) -> None:
+        if grad is not None and grad.shape != torch.Size(slot.shape):
             raise ZeroStateError(
-                f"gradient of {piece.slot.name!r} has shape {tuple(grad.shape)}, expected {piece.slot.shape};"
+                f"gradient of {slot.name!r} has shape {tuple(grad.shape)}, expected {slot.shape};"
                 " was .grad assigned by hand?"
             )
-        out.copy_(grad.reshape(-1)[piece.start : piece.stop])
 
     def collected(self) -> None:
         """The waiting gradients have been copied; forget them."""
