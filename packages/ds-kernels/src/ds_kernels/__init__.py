@@ -15,11 +15,13 @@ from ds_kernels.__about__ import __version__
 if TYPE_CHECKING:
     from ds_kernels._dispatch import BACKENDS, HAS_TRITON, available_backends, use_backend
     from ds_kernels.errors import BackendError, KernelArgumentError, PatchError
+    from ds_kernels.ops.flash_attention import flash_attention
     from ds_kernels.ops.rms_norm import rms_norm
 
 _NAMES = {
     "_dispatch": ("BACKENDS", "HAS_TRITON", "available_backends", "use_backend"),
     "errors": ("BackendError", "KernelArgumentError", "PatchError"),
+    "ops.flash_attention": ("flash_attention",),
     "ops.rms_norm": ("rms_norm",),
 }
 _HOMES = {name: module for module, names in _NAMES.items() for name in names}
@@ -32,6 +34,7 @@ __all__ = [
     "PatchError",
     "__version__",
     "available_backends",
+    "flash_attention",
     "rms_norm",
     "use_backend",
 ]
