@@ -150,3 +150,40 @@ def test_average_divides_once_at_the_end() -> None:
         reduce_rows(
             torch.ones(2, 3, dtype=torch.int32), torch.ones(3, dtype=torch.int32), torch.distributed.ReduceOp.AVG
         )
+
+
+def test_the_compiler_is_forgotten_and_comes_back(implementation: str) -> None:
+    if implementation == "torch":
+        pytest.skip("nothing is compiled")
+    rows = torch.randn(3, 4097).bfloat16()
+    before, after = torch.empty(4097), torch.empty(4097)
+    kernels.sum_rows(rows, before)
+    assert kernels.forget_compiler() > 1 << 20
+    assert kernels.forget_compiler() < 1 << 20
+    kernels.sum_rows(rows, after)
+    assert_same_bits(after, before)
+    import numba
+
+    assert numba.njit(lambda x: x + 1)(41) == 42
+
+
+def test_only_unchanged_read_only_pages_of_the_file_are_found() -> None:
+    header = "{} {} 00000000 08:01 42    /a b/{}\n"
+    sizes = "Rss:      {} kB\nAnonymous:  {} kB\nVmFlags: rd ex\n"
+    smaps = (
+        header.format("10-20", "r-xp", "libllvmlite.so")
+        + sizes.format(8, 0)
+        + header.format("20-30", "rw-p", "libllvmlite.so")
+        + sizes.format(4, 4)
+        + header.format("30-40", "r-xp", "libother.so")
+        + sizes.format(4, 0)
+        + "40-50 rw-p 00000000 00:00 0 \n"
+        + sizes.format(4, 4)
+        + header.format("50-60", "r--p", "libllvmlite.so")
+        + sizes.format(4, 4)
+    )
+    found = list(kernels._mappings(smaps, "libllvmlite"))
+    assert [(start, stop, fields["Rss"], fields["Anonymous"]) for start, stop, fields in found] == [
+        (0x10, 0x20, 8192, 0),
+        (0x50, 0x60, 4096, 4096),
+    ]

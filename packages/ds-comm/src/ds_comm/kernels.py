@@ -4,14 +4,18 @@
 with fp32 accumulation for 16-bit and fp32 rows, native accumulation for fp64 and integers. With numba (extra
 ``ds-comm[cpu]``) the rows are read once and nothing else is written; without it a cache-blocked torch loop gives the
 same bits (which NaN a NaN result is, is not specified). ``DS_COMM_KERNELS=torch`` chooses the fallback.
-numba is imported at the first sum, never at import of the package.
+numba is imported at the first sum, never at import of the package. Its compiler stays mapped when the kernels are
+compiled: ``forget_compiler`` gives those pages back.
 """
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import importlib
+import mmap
 import os
+from collections.abc import Iterator
 from types import ModuleType
 
 import torch
@@ -99,3 +103,41 @@ def _sum_rows_torch(rows: Tensor, out: Tensor, accumulate: bool, scale: float) -
             out[start:stop].add_(total)
         else:
             out[start:stop].copy_(total)
+
+
+def forget_compiler() -> int:
+    """Drop this process's pages of numba's compiler library (LLVM, 70 MB); returns the bytes they took.
+
+    Only pages that are unchanged from their file go, so that they come back from it when something else is compiled.
+    Call it when the kernels have run once. Without numba, or without Linux's ``/proc``, nothing happens.
+    """
+    dropped = 0
+    try:
+        with open("/proc/self/smaps", encoding="utf-8", errors="replace") as lines:
+            text = lines.read()
+    except OSError:
+        return dropped
+    libc = ctypes.CDLL(None)
+    libc.madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
+    for start, stop, fields in _mappings(text, "libllvmlite"):
+        if fields["Anonymous"] == 0 and libc.madvise(start, stop - start, mmap.MADV_DONTNEED) == 0:
+            dropped += fields["Rss"]
+    return dropped
+
+
+def _mappings(smaps: str, name: str) -> Iterator[tuple[int, int, dict[str, int]]]:
+    """First and last address and sizes in bytes of each read-only mapping of a file whose name begins with ``name``."""
+    found: tuple[int, int] | None = None
+    fields: dict[str, int] = {}
+    for line in smaps.splitlines():
+        first, *rest = line.split(maxsplit=5)
+        if not first.endswith(":"):  # a mapping begins: addresses, permissions, offset, device, inode, path
+            if found is not None:
+                yield *found, fields
+            of_file = len(rest) == 5 and os.path.basename(rest[4]).startswith(name) and "w" not in rest[0]
+            low, high = first.split("-")
+            found, fields = (int(low, 16), int(high, 16)) if of_file else None, {}
+        elif found is not None and rest[-1:] == ["kB"]:
+            fields[first[:-1]] = int(rest[0]) * 1024
+    if found is not None:
+        yield *found, fields

@@ -23,6 +23,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Adagrad, Adam, AdamW, Optimizer
 
+import ds_comm.kernels
+from ds_zero._flat import FlatMemory, trim_heap
 from ds_zero._unit import Unit
 from ds_zero.errors import LayoutError
 from ds_zero.state import MASTER, StateSegment
@@ -81,6 +83,8 @@ class InnerOptimizer:
                     "sum": torch.full_like(segment.parameter, initial),
                 }
         self._scratch = torch.empty(0)
+        self._moments: dict[str, FlatMemory] = {}
+        self._settled = False
 
     def group_of(self, segment: MasterSegment) -> dict[str, Any]:
         """The (user's own) param group dict of a segment."""
@@ -115,6 +119,15 @@ class InnerOptimizer:
                 self._generic_step(tile, coefficient)
             for unit in self._units:
                 publish(unit)
+        if not self._settled:
+            self._settle()
+
+    def _settle(self) -> None:
+        """After the first step everything that stays exists: give back what only its making needed."""
+        self._settled = True
+        if any(unit.device.type == "cpu" for unit in self._units):
+            trim_heap()
+            ds_comm.kernels.forget_compiler()
 
     # -- fused ---------------------------------------------------------------------------------------------------
 
@@ -124,10 +137,11 @@ class InnerOptimizer:
         if state:
             return
         state["step"] = torch.zeros((), dtype=torch.float32)
-        state["exp_avg"] = torch.zeros_like(segment.parameter)
-        state["exp_avg_sq"] = torch.zeros_like(segment.parameter)
-        if self.group_of(segment)["amsgrad"]:
-            state["max_exp_avg_sq"] = torch.zeros_like(segment.parameter)
+        keys = ["exp_avg", "exp_avg_sq"] + ["max_exp_avg_sq"] * self.group_of(segment)["amsgrad"]
+        for key in keys:
+            if key not in self._moments:
+                self._moments[key] = FlatMemory(other.numel for other in self.segments)
+            state[key] = self._moments[key].take(segment.numel, torch.float32, segment.parameter.device).zero_()
 
     def _fused_step(self, segment: MasterSegment, coefficient: float) -> None:
         self.allocate(segment)

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from ds_comm import Communicator, ReduceWindow, Work
+from ds_zero._flat import FlatMemory
 from ds_zero._unit import GradKind, Unit
 from ds_zero._windows import WindowRing
 from ds_zero.config import ZeroConfig
@@ -78,6 +79,7 @@ class GradientReducer:
         self._started = False
         self._observed: list[Unit] | None = []
         self._ring = WindowRing(comm, SHM_DEPTH if comm.kind == "shm" else 2)
+        self._memory = self._gradient_memory()
 
     # -- a micro-batch -----------------------------------------------------------------------------------------
 
@@ -200,7 +202,10 @@ class GradientReducer:
         return window.reduce_scatter(out, accumulate=accumulate, scale=scale, label=label)
 
     def _gradient_buffer(self, unit: Unit) -> Tensor:
-        return torch.empty(unit.stop - unit.start, dtype=self._buffer_dtype(unit), device=unit.device)
+        return self._memory.take(unit.stop - unit.start, self._buffer_dtype(unit), unit.device)
+
+    def _gradient_memory(self) -> FlatMemory:
+        return FlatMemory(unit.stop - unit.start for unit in self.plan)
 
     def _buffer_dtype(self, unit: Unit) -> torch.dtype:
         return torch.float32 if self._accumulates else self.gradient_dtype(unit)
@@ -253,6 +258,7 @@ class GradientReducer:
             unit.grad = None  # the next forward's activations may have the memory
             unit.local = None
             unit.arrived.clear()
+        self._memory = self._gradient_memory()
         self.micro_batches = 0
         self._turn = 0
         self._started = False

@@ -25,6 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from ds_comm import Communicator, Work
+from ds_zero._flat import FlatMemory
 from ds_zero._param import mark_gathered, mark_released
 from ds_zero._storage import ParamStorage, ReplicatedStorage, ShardedStorage
 from ds_zero.errors import ZeroStateError
@@ -98,17 +99,17 @@ class Unit:
 
     # -- values -------------------------------------------------------------------------------------------------
 
-    def load(self, value_of: Callable[[int], Tensor], *, with_master: bool) -> None:
+    def load(self, value_of: Callable[[int], Tensor], *, masters: FlatMemory | None) -> None:
         """Take the initial values and make the master copy of the own range. Collective when sharded.
 
         Args:
             value_of: slot index -> the full value, any float dtype; called once per slot, in order.
-            with_master: whether an optimizer will update this unit.
+            masters: memory for the master copy; None for a unit that no optimizer updates.
         """
         own = self.storage.own
-        if with_master:
+        if masters is not None:
             same = own.dtype == torch.float32
-            self.master = own if same else torch.zeros(own.numel(), dtype=torch.float32, device=self.device)
+            self.master = own if same else masters.take(own.numel(), torch.float32, self.device).zero_()
         for index, slot in enumerate(self.layout.slots):
             value = value_of(index).detach().reshape(-1)
             self.storage.write(slot.offset, value)

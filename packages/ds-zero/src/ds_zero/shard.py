@@ -19,6 +19,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 import ds_comm
+from ds_zero._flat import trim_heap
 from ds_zero.blocks import find_blocks
 from ds_zero.config import ZeroConfig
 from ds_zero.errors import LayoutError
@@ -81,6 +82,7 @@ def shard(
     sharded = ShardedModel(model, blocks, groups, settings, stage_parts(settings.stage), comm, begin_forward)
     sharded.set_places()
     model.__dict__["_zero_sharded"] = sharded
+    trim_heap()  # what the parameters had as tensors of their own
     if optimizer is None:
         return model, None
     if not sharded.trainable:

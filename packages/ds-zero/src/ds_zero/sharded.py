@@ -15,6 +15,7 @@ import xxhash
 from torch import Tensor, nn
 
 from ds_comm import Communicator
+from ds_zero._flat import FlatMemory
 from ds_zero._hooks import GatherHooks
 from ds_zero._param import adopt, mark_gathered, mark_released, record_of
 from ds_zero._unit import Unit, UnitStatus
@@ -140,9 +141,10 @@ class ShardedModel:
         comm.agree(self.shard_map.fingerprint(), label="shard map (every rank must build the same model and optimizer)")
         self._equalise(model)
         self.units: list[Unit] = []
+        masters = self._master_memory() if groups else None
         for layout in self.shard_map.units:
             parameters = [by_name[slot.name] for slot in layout.slots]
-            self.units.append(self._build(Unit, layout, parameters, bool(groups)))
+            self.units.append(self._build(Unit, layout, parameters, masters))
         self.trainable = [unit for unit in self.units if unit.layout.trainable]
         unit_of = {p: unit for unit in self.units for p in unit.parameters}
         self._begin_forward = begin_forward
@@ -200,7 +202,13 @@ class ShardedModel:
                 self.comm.broadcast(whole, 0, label="initial values")
                 tensor.copy_(whole)
 
-    def _build(self, kind: type[Unit], layout: Any, parameters: list[nn.Parameter], has_optimizer: bool) -> Unit:
+    def _master_memory(self) -> FlatMemory:
+        """Memory for this rank's masters; fp32 parameters are their own."""
+        updated = [layout for layout in self.shard_map.units if layout.trainable and layout.dtype != "float32"]
+        ranges = [self.shard_map.state_range(layout, self.comm.rank) for layout in updated]
+        return FlatMemory(stop - start for start, stop in ranges)
+
+    def _build(self, kind: type[Unit], layout: Any, parameters: list[nn.Parameter], masters: FlatMemory | None) -> Unit:
         """Make a unit and move the parameters' values into it, one parameter at a time."""
         unit = kind(layout, parameters, self.comm, self.shard_map, shard_params=self.parts.params)
 
@@ -217,7 +225,7 @@ class ShardedModel:
 
         for parameter in parameters:
             parameter.grad = None
-        unit.load(value_of, with_master=has_optimizer and layout.trainable)
+        unit.load(value_of, masters=masters if layout.trainable else None)
         if not self.parts.params:
             for parameter in parameters:  # zero.Init was used, but this stage keeps whole parameters
                 if record_of(parameter) is not None:
