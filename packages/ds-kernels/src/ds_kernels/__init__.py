@@ -15,13 +15,19 @@ from ds_kernels.__about__ import __version__
 if TYPE_CHECKING:
     from ds_kernels._dispatch import BACKENDS, HAS_TRITON, available_backends, use_backend
     from ds_kernels.errors import BackendError, KernelArgumentError, PatchError
+    from ds_kernels.ops.cross_entropy import cross_entropy
     from ds_kernels.ops.flash_attention import flash_attention
+    from ds_kernels.ops.glu import geglu, swiglu
+    from ds_kernels.ops.linear_cross_entropy import linear_cross_entropy
     from ds_kernels.ops.rms_norm import rms_norm
 
 _NAMES = {
     "_dispatch": ("BACKENDS", "HAS_TRITON", "available_backends", "use_backend"),
     "errors": ("BackendError", "KernelArgumentError", "PatchError"),
     "ops.flash_attention": ("flash_attention",),
+    "ops.glu": ("geglu", "swiglu"),
+    "ops.cross_entropy": ("cross_entropy",),
+    "ops.linear_cross_entropy": ("linear_cross_entropy",),
     "ops.rms_norm": ("rms_norm",),
 }
 _HOMES = {name: module for module, names in _NAMES.items() for name in names}
@@ -34,8 +40,12 @@ __all__ = [
     "PatchError",
     "__version__",
     "available_backends",
+    "cross_entropy",
     "flash_attention",
+    "geglu",
+    "linear_cross_entropy",
     "rms_norm",
+    "swiglu",
     "use_backend",
 ]
 
