@@ -13,16 +13,26 @@ an operation is called.
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib.util
 import os
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ds_kernels.errors import BackendError
 
-__all__ = ["BACKENDS", "HAS_TRITON", "available_backends", "backend_for", "interpreting", "use_backend"]
+__all__ = [
+    "BACKENDS",
+    "HAS_TRITON",
+    "available_backends",
+    "backend_for",
+    "implementation",
+    "interpreting",
+    "use_backend",
+]
 
 BACKENDS = ("reference", "cpu", "triton")
 HAS_TRITON: bool = importlib.util.find_spec("triton") is not None
@@ -75,3 +85,17 @@ def backend_for(tensor: Tensor) -> str:
     if device == "cpu":
         return "cpu"
     return "triton" if HAS_TRITON and device in ("cuda", "xpu") else "reference"
+
+
+def implementation(op: str, tensor: Tensor) -> Any:
+    """The module `ds_kernels.ops.<op>.<backend>` of the backend for this tensor; all of them have the same functions.
+
+    Raises:
+        BackendError: as `backend_for`.
+    """
+    return _module(op, backend_for(tensor))
+
+
+@functools.cache
+def _module(op: str, backend: str) -> Any:
+    return importlib.import_module(f"ds_kernels.ops.{op}.{backend}")
