@@ -13,7 +13,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from ds_kernels.ops.flash_attention import reference
+from ds_kernels.ops.flash_attention import cpu_tiles, reference
+from ds_kernels.ops.flash_attention.cpu_tiles import SequencePlace
 from ds_kernels.ops.flash_attention.shapes import first_query, key_range, sequences
 
 __all__ = ["flash_attention", "flash_attention_backward"]
@@ -29,6 +30,20 @@ def _is_plain(q: Tensor, k: Tensor, cu_q: Tensor | None, causal: bool, window: i
     return cu_q is None and not window and (not causal or q.shape[2] == k.shape[2])
 
 
+def _places(
+    q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, cu_q: Tensor | None, cu_k: Tensor | None
+) -> list[SequencePlace]:
+    """Where each sequence of each batch lies."""
+    return [
+        SequencePlace(
+            i * q.stride(0) + a * q.stride(2), i * out.stride(0) + a * out.stride(2), i * lse.stride(0) + a,
+            i * k.stride(0) + c * k.stride(2), i * v.stride(0) + c * v.stride(2), b - a, d - c,
+        )
+        for i in range(q.shape[0])
+        for a, b, c, d in sequences(q, k, cu_q, cu_k)
+    ]  # fmt: skip
+
+
 def _empty(q: Tensor, k: Tensor) -> bool:
     return q.numel() == 0 or k.numel() == 0
 
@@ -40,6 +55,11 @@ def flash_attention(
     if q.dtype == torch.float64 or _empty(q, k):
         return reference.flash_attention(q, k, v, cu_q, cu_k, causal, window, scale)
     out, lse = reference.empty_output(q)
+    if cpu_tiles.takes(q):
+        out.zero_()
+        lse.fill_(float("-inf"))
+        cpu_tiles.forward(q, k, v, out, lse, _places(q, k, v, out, lse, cu_q, cu_k), None, causal, window, scale)
+        return out, lse
     if _is_plain(q, k, cu_q, causal, window):
         found, total = _flash(q, k, v, 0.0, causal, scale=scale)
         return found, lse.copy_(total)
@@ -76,7 +96,7 @@ def flash_attention_backward(
 def _blocks(
     q: Tensor, k: Tensor, cu_q: Tensor | None, cu_k: Tensor | None, causal: bool, window: int
 ) -> Iterator[tuple[slice, slice, Tensor | None, bool]]:
-    """(queries, keys, additive mask or None, torch's `is_causal`) of every block; queries that see nothing are in none."""
+    """(queries, keys, additive mask or None, torch's `is_causal`) of every block; queries that see none are left out."""
     masks: dict[tuple[int, ...], Tensor] = {}
     for a, b, c, d in sequences(q, k, cu_q, cu_k):
         q_len, k_len = b - a, d - c

@@ -9,6 +9,7 @@ bytes forward.
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -81,8 +82,10 @@ def flash_attention(
     cu_seqlens_k = cu_seqlens_q if cu_seqlens_k is None else cu_seqlens_k
     for which, starts in (("cu_seqlens_q", cu_seqlens_q), ("cu_seqlens_k", cu_seqlens_k)):
         check_dtype(name, which, starts, (torch.int32, torch.int64))
-        require(starts.dim() == 1 and len(starts) == len(cu_seqlens_q) > 0,
-                f"{name}: {which} has shape {tuple(starts.shape)}; expected one dimension of sequences + 1")  # fmt: skip
+        require(
+            starts.dim() == 1 and len(starts) == len(cu_seqlens_q) > 0,
+            f"{name}: {which} has shape {tuple(starts.shape)}; expected one dimension of sequences + 1",
+        )
     check_device(name, q, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k)
     if q.device.type == "cpu" and not torch.compiler.is_compiling():
         _check_starts("cu_seqlens_q", cu_seqlens_q, q.shape[0])
@@ -112,8 +115,10 @@ def check_heads(name: str, q: Tensor, k: Tensor, v: Tensor, dims: int) -> None:
 
 def _check_starts(which: str, starts: Tensor, tokens: int) -> None:
     ends = starts.tolist()
-    require(ends[0] == 0 and ends[-1] == tokens and all(a <= b for a, b in zip(ends, ends[1:], strict=False)),
-            f"flash_attention: {which} is {ends}; expected an ascent from 0 to the number of tokens, {tokens}")  # fmt: skip
+    require(
+        ends[0] == 0 and ends[-1] == tokens and all(a <= b for a, b in pairwise(ends)),
+        f"flash_attention: {which} is {ends}; expected an ascent from 0 to the number of tokens, {tokens}",
+    )
 
 
 def _unit_stride(x: Tensor) -> Tensor:

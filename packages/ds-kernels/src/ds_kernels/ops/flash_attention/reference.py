@@ -28,7 +28,9 @@ def _scores(q: Tensor, k: Tensor, causal: bool, window: int, scale: float) -> Te
     """[batch, kv_heads, group, q_len, k_len], -inf where a query does not see a key."""
     grouped = _wide(q).unflatten(1, (k.shape[1], -1))
     scores = grouped @ _wide(k).unsqueeze(2).mT * scale
-    return scores.masked_fill(~visible(q.shape[2], k.shape[2], causal, window, q.device), float("-inf"))
+    hidden = ~visible(q.shape[2], k.shape[2], causal, window, q.device)
+    masked: Tensor = scores.masked_fill(hidden, float("-inf"))
+    return masked
 
 
 def flash_attention(

@@ -21,7 +21,7 @@ __all__ = ["first_query", "key_range", "sequences", "visible"]
 
 
 def sequences(q: Tensor, k: Tensor, cu_q: Tensor | None, cu_k: Tensor | None) -> Iterator[tuple[int, int, int, int]]:
-    """Every sequence that is not empty; without cu_q one that holds all queries and keys of [batch, heads, len, dim]."""
+    """Every sequence that is not empty; without cu_q one with all queries and keys of [batch, heads, len, dim]."""
     if cu_q is None or cu_k is None:
         found = [(0, q.shape[2], 0, k.shape[2])]
     else:
