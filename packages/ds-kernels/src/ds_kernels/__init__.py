@@ -18,21 +18,26 @@ if TYPE_CHECKING:
     from ds_kernels.ops.cross_entropy import cross_entropy
     from ds_kernels.ops.flash_attention import flash_attention
     from ds_kernels.ops.glu import geglu, swiglu
+    from ds_kernels.ops.grouped_gemm import grouped_gemm
     from ds_kernels.ops.linear_cross_entropy import linear_cross_entropy
     from ds_kernels.ops.rms_norm import rms_norm
+    from ds_kernels.ops.rope import rope
 
 _NAMES = {
     "_dispatch": ("BACKENDS", "HAS_TRITON", "available_backends", "use_backend"),
     "errors": ("BackendError", "KernelArgumentError", "PatchError"),
+    "ops.cross_entropy": ("cross_entropy",),
     "ops.flash_attention": ("flash_attention",),
     "ops.glu": ("geglu", "swiglu"),
-    "ops.cross_entropy": ("cross_entropy",),
     "ops.linear_cross_entropy": ("linear_cross_entropy",),
     "ops.rms_norm": ("rms_norm",),
+    "ops.rope": ("rope",),
+    "ops.grouped_gemm": ("grouped_gemm",),
 }
 _HOMES = {name: module for module, names in _NAMES.items() for name in names}
 
 __all__ = [
+    "grouped_gemm",
     "BACKENDS",
     "HAS_TRITON",
     "BackendError",
@@ -45,6 +50,7 @@ __all__ = [
     "geglu",
     "linear_cross_entropy",
     "rms_norm",
+    "rope",
     "swiglu",
     "use_backend",
 ]
