@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from ds_kernels.ops.glu import geglu, swiglu
     from ds_kernels.ops.grouped_gemm import grouped_gemm
     from ds_kernels.ops.linear_cross_entropy import linear_cross_entropy
+    from ds_kernels.ops.linear import QuantizedWeight, linear, quantize_weight
     from ds_kernels.ops.rms_norm import rms_norm
     from ds_kernels.ops.rope import rope
 
@@ -30,6 +31,7 @@ _NAMES = {
     "ops.flash_attention": ("flash_attention",),
     "ops.glu": ("geglu", "swiglu"),
     "ops.linear_cross_entropy": ("linear_cross_entropy",),
+    "ops.linear": ("QuantizedWeight", "linear", "quantize_weight"),
     "ops.rms_norm": ("rms_norm",),
     "ops.rope": ("rope",),
     "ops.grouped_gemm": ("grouped_gemm",),
@@ -37,18 +39,21 @@ _NAMES = {
 _HOMES = {name: module for module, names in _NAMES.items() for name in names}
 
 __all__ = [
-    "grouped_gemm",
     "BACKENDS",
-    "HAS_TRITON",
     "BackendError",
+    "HAS_TRITON",
     "KernelArgumentError",
     "PatchError",
+    "QuantizedWeight",
     "__version__",
     "available_backends",
     "cross_entropy",
     "flash_attention",
     "geglu",
+    "grouped_gemm",
+    "linear",
     "linear_cross_entropy",
+    "quantize_weight",
     "rms_norm",
     "rope",
     "swiglu",

@@ -37,7 +37,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["HAS_NUMBA", "HEAD", "Kernel", "kernel", "launch"]
+__all__ = ["FASTMATH", "HAS_NUMBA", "HEAD", "Kernel", "kernel", "launch"]
 
 HAS_NUMBA: bool = importlib.util.find_spec("numba") is not None and os.environ.get("DS_KERNELS_NUMBA", "1") != "0"
 """Whether numba is installed and not switched off by DS_KERNELS_NUMBA=0."""

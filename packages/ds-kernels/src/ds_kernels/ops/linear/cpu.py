@@ -1,0 +1,110 @@
+"""linear on CPU: numba with vector code for quantised weights and for few rows of bf16; torch for the rest."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ds_kernels._cpu.dtypes import CODES
+from ds_kernels._cpu.launch import HAS_NUMBA, launch
+from ds_kernels.ops.linear import reference
+from ds_kernels.ops.linear.weight import QuantizedWeight, middle
+
+__all__ = ["FEW_ROWS", "linear", "linear_backward", "linear_bf16", "takes_bf16"]
+
+FEW_ROWS = 8
+"""Activation rows that one pass over the weights serves."""
+CHUNK_NUMEL = 1 << 20
+"""Elements of a weight that are dequantised at a time."""
+GRAIN_NBYTES = 1 << 15
+"""Bytes of weights that are handed to a thread at a time."""
+WEIGHT_ROWS = {1: 8, 2: 4, 4: 4, 8: 2}
+"""bf16 weight rows that are read side by side, by rows of activations: as many sums as there are registers."""
+
+
+def linear(x: Tensor, weight: QuantizedWeight, bias: Tensor | None, activation_bits: int | None) -> Tensor:
+    """As the reference, with activations of 16 bits (24 for fp32) per group of columns: see `cpu_numba`."""
+    code = CODES.get(x.dtype)
+    rows = x.numel() // weight.columns
+    if not HAS_NUMBA or code is None or (bias is not None and bias.dtype not in CODES):
+        return _chunked(x, weight, bias, activation_bits)
+    y = x.new_empty((*x.shape[:-1], weight.outputs))
+    if not rows:
+        return y
+    from ds_kernels.ops.linear.cpu_numba import QUANTISED, pack_blocks
+
+    planes = 1 if activation_bits == 8 else 3 if code == 0 else 2
+    block = _block(rows)
+    columns, depth, group, bits = weight.columns, weight.depth, weight.group_size, weight.bits
+    words: Tensor | int = 0
+    facts: Tensor | int = 0
+    if rows > block:
+        blocks = -(-rows // block)
+        words = torch.empty(blocks * block * planes * depth // 4, dtype=torch.int32)
+        facts = torch.empty(blocks * block * (planes + 2) * -(-depth // group), dtype=torch.int32)
+        launch(
+            pack_blocks, x, words, facts, rows, columns, depth, group, block, planes, middle(bits), code, items=blocks
+        )  # fmt: skip
+    launch(
+        QUANTISED[bits, planes, int(weight.centre is not None)],
+        x, weight.codes, weight.scale, 0 if weight.centre is None else weight.centre, 0 if bias is None else bias, y,
+        words, facts, rows, weight.outputs, columns, depth, group, block, code, 0 if bias is None else CODES[bias.dtype],
+        items=weight.codes.shape[0], grain=max(1, GRAIN_NBYTES // (2 * bits * depth)) if rows <= block else 1,
+    )  # fmt: skip
+    return y
+
+
+def linear_backward(grad: Tensor, weight: QuantizedWeight) -> Tensor:
+    """As the reference, some panels of the weight at a time."""
+    wide = torch.promote_types(grad.dtype, torch.float32)
+    flat = grad.reshape(-1, weight.outputs).to(wide)
+    result = flat.new_zeros((flat.shape[0], weight.columns))
+    for first, part in _parts(weight):
+        result.addmm_(flat[:, first : first + part.outputs], part.dequantize(wide))
+    return result.to(grad.dtype).view(*grad.shape[:-1], weight.columns)
+
+
+def _chunked(x: Tensor, weight: QuantizedWeight, bias: Tensor | None, activation_bits: int | None) -> Tensor:
+    """The reference, some panels of the weight at a time: a whole dequantised head is large."""
+    parts = []
+    for first, part in _parts(weight):
+        own = None if bias is None else bias[first : first + part.outputs]
+        parts.append(reference.linear(x, part, own, activation_bits))
+    return torch.cat(parts, -1)
+
+
+def _parts(weight: QuantizedWeight) -> list[tuple[int, QuantizedWeight]]:
+    """`(first row, rows of the weight)`, about CHUNK_NUMEL elements each."""
+    return weight.split(max(1, CHUNK_NUMEL // weight.depth))
+
+
+def _block(rows: int) -> int:
+    return 1 if rows <= 1 else 2 if rows <= 2 else 4 if rows <= 4 else 8
+
+
+def takes_bf16(x: Tensor, weight: Tensor) -> bool:
+    """Whether `linear_bf16` is for these: few rows of bf16, weights as torch's layers keep them."""
+    return (
+        HAS_NUMBA
+        and x.dtype == torch.bfloat16
+        and weight.dtype == torch.bfloat16
+        and 0 < x.numel() <= FEW_ROWS * weight.shape[1]
+        and weight.is_contiguous()
+    )
+
+
+def linear_bf16(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """x @ weight.T + bias for what `takes_bf16` takes: products of bf16, sums in fp32, rounded once."""
+    from ds_kernels.ops.linear.cpu_numba import BF16_ROWS
+
+    outputs, columns = weight.shape
+    rows = x.numel() // columns
+    y = x.new_empty((*x.shape[:-1], outputs))
+    block = _block(rows)
+    weights = WEIGHT_ROWS[block]
+    launch(
+        BF16_ROWS, x, weight, 0 if bias is None else bias, y, rows, outputs, columns, block, weights,
+        0 if bias is None else CODES[bias.dtype],
+        items=-(-outputs // weights), grain=max(1, GRAIN_NBYTES // (2 * columns * weights)),
+    )  # fmt: skip
+    return y
