@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from ds_kernels.ops.linear_cross_entropy import linear_cross_entropy
     from ds_kernels.ops.linear import QuantizedWeight, linear, quantize_weight
     from ds_kernels.ops.rms_norm import rms_norm
+    from ds_kernels.patch import Applied, apply_kernels
     from ds_kernels.ops.rope import rope
 
 _NAMES = {
@@ -33,12 +34,14 @@ _NAMES = {
     "ops.linear_cross_entropy": ("linear_cross_entropy",),
     "ops.linear": ("QuantizedWeight", "linear", "quantize_weight"),
     "ops.rms_norm": ("rms_norm",),
+    "patch": ("Applied", "apply_kernels"),
     "ops.rope": ("rope",),
     "ops.grouped_gemm": ("grouped_gemm",),
 }
 _HOMES = {name: module for module, names in _NAMES.items() for name in names}
 
 __all__ = [
+    "Applied",
     "BACKENDS",
     "BackendError",
     "HAS_TRITON",
@@ -46,6 +49,7 @@ __all__ = [
     "PatchError",
     "QuantizedWeight",
     "__version__",
+    "apply_kernels",
     "available_backends",
     "cross_entropy",
     "flash_attention",

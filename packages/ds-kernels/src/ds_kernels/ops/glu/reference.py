@@ -7,14 +7,12 @@ import math
 import torch
 from torch import Tensor
 
+from ds_kernels._reference import wide
+
 __all__ = ["GELU_ERF", "GELU_TANH", "SILU", "activation", "glu", "glu_backward"]
 
 SILU, GELU_TANH, GELU_ERF = 0, 1, 2
 """Activations of the gate."""
-
-
-def _wide(x: Tensor) -> Tensor:
-    return x if x.dtype == torch.float64 else x.float()
 
 
 def activation(x: Tensor, kind: int) -> tuple[Tensor, Tensor]:
@@ -38,11 +36,11 @@ def activation(x: Tensor, kind: int) -> tuple[Tensor, Tensor]:
 
 def glu(gate: Tensor, up: Tensor, kind: int) -> Tensor:
     """act(gate) * up, rounded once to gate's dtype."""
-    return (activation(_wide(gate), kind)[0] * _wide(up)).to(gate.dtype)
+    return (activation(wide(gate), kind)[0] * wide(up)).to(gate.dtype)
 
 
 def glu_backward(grad: Tensor, gate: Tensor, up: Tensor, kind: int) -> tuple[Tensor, Tensor]:
     """`(grad_gate, grad_up)`: grad * up * act'(gate) and grad * act(gate)."""
-    wide = _wide(grad)
-    value, slope = activation(_wide(gate), kind)
-    return (wide * _wide(up) * slope).to(gate.dtype), (wide * value).to(up.dtype)
+    grad = wide(grad)
+    value, slope = activation(wide(gate), kind)
+    return (grad * wide(up) * slope).to(gate.dtype), (grad * value).to(up.dtype)
