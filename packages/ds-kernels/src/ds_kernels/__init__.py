@@ -19,11 +19,13 @@ if TYPE_CHECKING:
     from ds_kernels.ops.flash_attention import flash_attention
     from ds_kernels.ops.glu import geglu, swiglu
     from ds_kernels.ops.grouped_gemm import grouped_gemm
-    from ds_kernels.ops.linear_cross_entropy import linear_cross_entropy
+    from ds_kernels.ops.layer_norm import layer_norm
     from ds_kernels.ops.linear import QuantizedWeight, linear, quantize_weight
+    from ds_kernels.ops.linear_cross_entropy import linear_cross_entropy
+    from ds_kernels.ops.paged_attention import paged_attention, write_kv
     from ds_kernels.ops.rms_norm import rms_norm
-    from ds_kernels.patch import Applied, apply_kernels
     from ds_kernels.ops.rope import rope
+    from ds_kernels.patch import Applied, apply_kernels
 
 _NAMES = {
     "_dispatch": ("BACKENDS", "HAS_TRITON", "available_backends", "use_backend"),
@@ -31,20 +33,22 @@ _NAMES = {
     "ops.cross_entropy": ("cross_entropy",),
     "ops.flash_attention": ("flash_attention",),
     "ops.glu": ("geglu", "swiglu"),
-    "ops.linear_cross_entropy": ("linear_cross_entropy",),
-    "ops.linear": ("QuantizedWeight", "linear", "quantize_weight"),
-    "ops.rms_norm": ("rms_norm",),
-    "patch": ("Applied", "apply_kernels"),
-    "ops.rope": ("rope",),
     "ops.grouped_gemm": ("grouped_gemm",),
+    "ops.layer_norm": ("layer_norm",),
+    "ops.linear": ("QuantizedWeight", "linear", "quantize_weight"),
+    "ops.linear_cross_entropy": ("linear_cross_entropy",),
+    "ops.paged_attention": ("paged_attention", "write_kv"),
+    "ops.rms_norm": ("rms_norm",),
+    "ops.rope": ("rope",),
+    "patch": ("Applied", "apply_kernels"),
 }
 _HOMES = {name: module for module, names in _NAMES.items() for name in names}
 
 __all__ = [
-    "Applied",
     "BACKENDS",
-    "BackendError",
     "HAS_TRITON",
+    "Applied",
+    "BackendError",
     "KernelArgumentError",
     "PatchError",
     "QuantizedWeight",
@@ -55,13 +59,16 @@ __all__ = [
     "flash_attention",
     "geglu",
     "grouped_gemm",
+    "layer_norm",
     "linear",
     "linear_cross_entropy",
+    "paged_attention",
     "quantize_weight",
     "rms_norm",
     "rope",
     "swiglu",
     "use_backend",
+    "write_kv",
 ]
 
 

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ds_kernels.errors import KernelArgumentError
 
-__all__ = ["FLOATS", "check_device", "check_dtype", "check_last_dim", "require"]
+__all__ = ["FLOATS", "check_device", "check_dtype", "check_last_dim", "check_like", "require"]
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -43,3 +43,12 @@ def check_last_dim(op: str, x: Tensor, **vectors: Tensor | None) -> None:
             raise KernelArgumentError(
                 f"{op}: {name} has shape {tuple(vector.shape)}; expected ({x.shape[-1]},), the last dimension of x"
             )
+
+
+def check_like(op: str, name: str, tensor: Tensor, other_name: str, other: Tensor) -> None:
+    """A tensor has the shape and the dtype of another."""
+    if tensor.shape != other.shape or tensor.dtype != other.dtype:
+        raise KernelArgumentError(
+            f"{op}: {name} is {tuple(tensor.shape)} of {tensor.dtype}; expected {tuple(other.shape)} of {other.dtype}, "
+            f"as {other_name}"
+        )

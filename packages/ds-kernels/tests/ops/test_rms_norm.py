@@ -37,6 +37,38 @@ def test_no_weight_and_mixed_dtypes(backend: str) -> None:
     check_against(apply, specification, x, torch.randn(40, requires_grad=True), 1e-5, 0.0)
 
 
+def fused(x: Tensor, residual: Tensor, weight: Tensor) -> Tensor:
+    return torch.stack(rms_norm(x, weight, 1e-6, offset=1.0, residual=residual))
+
+
+def apart(x: Tensor, residual: Tensor, weight: Tensor) -> Tensor:
+    return torch.stack([specification(x + residual, weight, 1e-6, 1.0), x + residual])
+
+
+@pytest.mark.parametrize("shape", [(7, 33), (65, 128), (2, 9001)], ids=str)
+def test_fused_residual(backend: str, shape: tuple[int, ...]) -> None:
+    x, residual = (torch.randn(shape, requires_grad=True) for _ in range(2))
+    check_against(fused, apart, x, residual, torch.randn(shape[-1], requires_grad=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_fused_residual_rounds_the_sum_first(backend: str, dtype: torch.dtype) -> None:
+    """In 16 bits the sum is what torch's own addition gives, and y is the norm of exactly that."""
+    x, residual, weight = (torch.randn(9, 50).to(dtype) for _ in range(3))
+    y, total = rms_norm(x, weight[0], residual=residual)
+    assert torch.equal(total, x + residual)
+    assert torch.equal(y, rms_norm(total, weight[0]))
+
+
+@pytest.mark.parametrize("used", [0, 1], ids=["y", "total"])
+def test_gradients_where_one_output_is_not_used(backend: str, used: int) -> None:
+    x, residual, grad = (torch.randn(4, 20, requires_grad=True) for _ in range(3))
+    got = torch.autograd.grad(rms_norm(x, residual=residual)[used], [x, residual], grad)
+    total = (x + residual).detach().requires_grad_()
+    expected = torch.autograd.grad(rms_norm(total), total, grad)[0] if used == 0 else grad
+    assert torch.equal(got[0], expected) and torch.equal(got[1], expected)
+
+
 def test_non_contiguous(backend: str) -> None:
     x = torch.randn(40, 6, 2)[..., 0].t().requires_grad_()
     check_against(apply, specification, x, torch.randn(40, requires_grad=True), 1e-6, 0.0)
@@ -84,6 +116,11 @@ def test_compiles_without_graph_break(backend: str) -> None:
     expected = torch.autograd.grad(rms_norm(x, weight).sin().sum(), [x, weight])
     got = torch.autograd.grad(compiled(x, weight).sin().sum(), [x, weight])
     assert all(torch.equal(one, two) for one, two in zip(got, expected, strict=True))
+    residual = torch.randn(4, 32, requires_grad=True)
+    together = torch.compile(fused, fullgraph=True, backend="aot_eager")
+    expected = torch.autograd.grad(fused(x, residual, weight).sin().sum(), [x, residual, weight])
+    got = torch.autograd.grad(together(x, residual, weight).sin().sum(), [x, residual, weight])
+    assert all(torch.equal(one, two) for one, two in zip(got, expected, strict=True))
 
 
 def test_bad_input() -> None:
@@ -94,5 +131,7 @@ def test_bad_input() -> None:
         rms_norm(torch.ones(4, 8, dtype=torch.int64))
     with pytest.raises(KernelArgumentError, match="weight is on meta"):
         rms_norm(x, torch.ones(8, device="meta"))
+    with pytest.raises(KernelArgumentError, match=r"residual is \(4, 7\) of torch.float32; expected \(4, 8\)"):
+        rms_norm(x, residual=torch.randn(4, 7))
     with pytest.raises(KernelArgumentError, match="scalar"):
         rms_norm(torch.tensor(1.0))

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ds_kernels._checks import check_device, check_dtype, require
+from ds_kernels._checks import check_device, check_dtype, check_like, require
 from ds_kernels._dispatch import implementation
 from ds_kernels._op import Op
 from ds_kernels.ops.glu.reference import GELU_ERF, GELU_TANH, SILU
@@ -59,10 +59,7 @@ def geglu(gate: Tensor, up: Tensor, approximate: str = "none") -> Tensor:
 def _glu(op: str, gate: Tensor, up: Tensor, kind: int) -> Tensor:
     check_dtype(op, "gate", gate)
     check_device(op, gate, up=up)
-    require(
-        gate.shape == up.shape and gate.dtype == up.dtype,
-        f"{op}: up is {tuple(up.shape)} of {up.dtype}; expected {tuple(gate.shape)} of {gate.dtype}, as gate",
-    )
+    check_like(op, "up", up, "gate", gate)
     out: Tensor = _FORWARD(gate.contiguous(), up.contiguous(), kind)
     return out
 

@@ -19,35 +19,44 @@ def _code(x: Tensor) -> int | None:
     return CODES.get(x.dtype) if HAS_NUMBA and x.numel() else None
 
 
-def rms_norm(x: Tensor, weight: Tensor | None, eps: float, offset: float) -> tuple[Tensor, Tensor]:
+def rms_norm(
+    x: Tensor, residual: Tensor | None, weight: Tensor | None, eps: float, offset: float
+) -> tuple[Tensor, Tensor, Tensor]:
     """As the reference."""
     code = _code(x)
     if code is None:
-        return reference.rms_norm(x, weight, eps, offset)
+        return reference.rms_norm(x, residual, weight, eps, offset)
     from ds_kernels.ops.rms_norm.cpu_numba import forward
 
     dim = x.shape[-1]
     rows = x.numel() // dim
     scale = torch.ones(dim) if weight is None else offset + weight.float()
     y, rstd = torch.empty_like(x), torch.empty(x.shape[:-1], dtype=torch.float32)
-    launch(forward, x, scale, y, rstd, rows, dim, code, float(eps), items=rows, grain=_grain(dim))
-    return y, rstd
+    total = x.new_empty(0) if residual is None else torch.empty_like(x)
+    launch(
+        forward, x, 0 if residual is None else residual, scale, y, total, rstd, rows, dim, code, float(eps),
+        items=rows, grain=_grain(dim),
+    )  # fmt: skip
+    return y, total, rstd
 
 
 def rms_norm_backward(
-    grad: Tensor, x: Tensor, weight: Tensor | None, rstd: Tensor, offset: float
+    grad: Tensor, grad_total: Tensor | None, x: Tensor, weight: Tensor | None, rstd: Tensor, offset: float
 ) -> tuple[Tensor, Tensor]:
     """As the reference."""
     code = _code(x)
     if code is None:
-        return reference.rms_norm_backward(grad, x, weight, rstd, offset)
+        return reference.rms_norm_backward(grad, grad_total, x, weight, rstd, offset)
     from ds_kernels.ops.rms_norm.cpu_numba import backward
 
     dim = x.shape[-1]
     rows = x.numel() // dim
     scale = torch.ones(dim) if weight is None else offset + weight.float()
     grad_x, partial = torch.empty_like(x), torch.empty(NUM_PARTIALS, dim)
-    launch(backward, grad, x, scale, rstd, grad_x, partial, rows, dim, code, items=NUM_PARTIALS)
+    launch(
+        backward, grad, 0 if grad_total is None else grad_total, x, scale, rstd, grad_x, partial, rows, dim, code,
+        items=NUM_PARTIALS,
+    )  # fmt: skip
     return grad_x, x.new_empty(0) if weight is None else partial.sum(0).to(weight.dtype)
 
 

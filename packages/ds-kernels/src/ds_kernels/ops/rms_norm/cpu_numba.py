@@ -13,14 +13,20 @@ __all__ = ["backward", "forward"]
 
 @kernel
 def forward(a):
-    """Slots: x, scale, y, rstd, rows, dim, code, eps. Items are rows."""
-    rows, dim, code, eps = a[7], a[8], a[9], float_at(a, 10)
-    scale, rstd = f32_array(a, 4, dim), f32_array(a, 6, rows)
-    row = np.empty(dim, np.float32)
+    """Slots: x, residual or 0, scale, y, total, rstd, rows, dim, code, eps. Items are rows."""
+    rows, dim, code, eps = a[9], a[10], a[11], float_at(a, 12)
+    scale, rstd = f32_array(a, 5, dim), f32_array(a, 8, rows)
+    row, other = np.empty(dim, np.float32), np.empty(dim, np.float32)
     low = take(a)
     while low < total(a):
         for r in range(low, min(low + grain(a), total(a))):
             load(a, 3, code, r * dim, dim, row)
+            if a[4] != 0:
+                load(a, 4, code, r * dim, dim, other)
+                for i in range(dim):
+                    row[i] += other[i]
+                store(a, 7, code, r * dim, dim, row)
+                load(a, 7, code, r * dim, dim, row)  # what is normalised is what was rounded
             square = np.float32(0.0)
             for i in range(dim):
                 square += row[i] * row[i]
@@ -28,15 +34,15 @@ def forward(a):
             rstd[r] = inverse
             for i in range(dim):
                 row[i] = row[i] * inverse * scale[i]
-            store(a, 5, code, r * dim, dim, row)
+            store(a, 6, code, r * dim, dim, row)
         low = take(a)
 
 
 @kernel
 def backward(a):
-    """Slots: grad, x, scale, rstd, grad_x, partial, rows, dim, code. Items are groups of rows, one partial sum each."""
-    rows, dim, code, groups = a[9], a[10], a[11], total(a)
-    scale, rstd, partial = f32_array(a, 5, dim), f32_array(a, 6, rows), f32_array(a, 8, groups * dim)
+    """Slots: grad, grad_total or 0, x, scale, rstd, grad_x, partial, rows, dim, code. Items are groups of rows."""
+    rows, dim, code, groups = a[10], a[11], a[12], total(a)
+    scale, rstd, partial = f32_array(a, 6, dim), f32_array(a, 7, rows), f32_array(a, 9, groups * dim)
     row, grad = np.empty(dim, np.float32), np.empty(dim, np.float32)
     group = take(a)
     while group < groups:
@@ -45,7 +51,7 @@ def backward(a):
             own[i] = np.float32(0.0)
         for r in range(rows * group // groups, rows * (group + 1) // groups):
             load(a, 3, code, r * dim, dim, grad)
-            load(a, 4, code, r * dim, dim, row)
+            load(a, 5, code, r * dim, dim, row)
             inverse, dot = rstd[r], np.float32(0.0)
             for i in range(dim):
                 own[i] += grad[i] * row[i] * inverse
@@ -53,5 +59,9 @@ def backward(a):
             pull = np.float32(dot / dim) * inverse * inverse
             for i in range(dim):
                 row[i] = inverse * (grad[i] * scale[i] - row[i] * pull)
-            store(a, 7, code, r * dim, dim, row)
+            if a[4] != 0:
+                load(a, 4, code, r * dim, dim, grad)
+                for i in range(dim):
+                    row[i] += grad[i]
+            store(a, 8, code, r * dim, dim, row)
         group = take(a)
