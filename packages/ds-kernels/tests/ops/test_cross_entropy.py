@@ -160,11 +160,11 @@ def test_bad_input() -> None:
     ):
         with pytest.raises(KernelArgumentError, match=message):
             cross_entropy(logits, bad)
-    with pytest.raises(KernelArgumentError, match="logits is of dtype torch.int64"):
+    with pytest.raises(KernelArgumentError, match=r"logits is of dtype torch\.int64"):
         cross_entropy(logits.long(), target)
-    with pytest.raises(KernelArgumentError, match="label_smoothing is 1.0; expected 0 <= it < 1"):
+    with pytest.raises(KernelArgumentError, match=r"label_smoothing is 1\.0; expected 0 <= it < 1"):
         cross_entropy(logits, target, label_smoothing=1.0)
-    with pytest.raises(KernelArgumentError, match="z_loss is -1.0"):
+    with pytest.raises(KernelArgumentError, match=r"z_loss is -1\.0"):
         cross_entropy(logits, target, z_loss=-1.0)
     with pytest.raises(KernelArgumentError, match="reduction is 'average'; expected one of mean, sum, none"):
         cross_entropy(logits, target, reduction="average")

@@ -1,7 +1,8 @@
 """linear_cross_entropy against the loss of materialised logits, in fp64: both ways through, and what is not kept.
 
 In 16 bits logits are rounded before the softmax, as F.linear's are, so the bound is that of the unfused computation:
-every result is at most as far from fp64 as twice that of F.linear and F.cross_entropy in the same dtype, plus one ulp.
+every result is at most as far from fp64 as twice that of F.linear and F.cross_entropy in the same dtype,
+plus one ulp and fp32 rounding.
 """
 
 from __future__ import annotations
@@ -55,9 +56,8 @@ def compare(got: Tensor, plain: Tensor, exact: Tensor, what: str) -> None:
     assert got.shape == exact.shape and got.dtype == plain.dtype
     assert got.isfinite().all(), what
     error, bound = (got.double() - exact).norm(), (plain.double() - exact).norm()
-    assert error <= 2 * bound + torch.finfo(got.dtype).eps * exact.norm(), (
-        f"{what}: error {error:.3g}, unfused {bound:.3g}"
-    )
+    allowed = 2 * bound + (torch.finfo(got.dtype).eps + 4 * torch.finfo(torch.float32).eps) * exact.norm()
+    assert error <= allowed, f"{what}: error {error:.3g}, unfused {bound:.3g}"
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

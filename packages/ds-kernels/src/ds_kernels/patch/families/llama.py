@@ -1,0 +1,19 @@
+"""Llama and what uses its classes (SmolLM, TinyLlama, Yi)."""
+
+from __future__ import annotations
+
+from ds_kernels.patch.forwards import gated_mlp, no_rope, not_gated, rms_norm_with, rotary_attention
+from ds_kernels.patch.losses import causal_lm, causal_unfit
+from ds_kernels.patch.rules import Family, Rule
+
+__all__ = ["FAMILY"]
+
+FAMILY = Family(
+    "llama",
+    (
+        Rule("norm", "LlamaRMSNorm", rms_norm_with("variance_epsilon", 0.0)),
+        Rule("mlp", "LlamaMLP", gated_mlp, not_gated),
+        Rule("rope", "LlamaAttention", rotary_attention, no_rope),
+        Rule("loss", "LlamaForCausalLM", causal_lm("model", "CausalLMOutputWithPast"), causal_unfit),
+    ),
+)
