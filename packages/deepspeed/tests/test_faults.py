@@ -178,7 +178,7 @@ def weights_after(stage: int, steps: int) -> dict[str, torch.Tensor]:
 
 
 def die_in_save(stage: int, folder: Path, moment: str) -> str:
-    from ds_zero.checkpoint import commit, write
+    from ds_zero.checkpoint import commit, shardfile
 
     engine = make_engine(make_config(stage))
     train(engine, range(1))
@@ -191,7 +191,9 @@ def die_in_save(stage: int, folder: Path, moment: str) -> str:
 
     if ds_comm.get_rank() == 1:
         if moment == "writing":
-            write.write_shard = die
+            shardfile.ShardWriter.write_now = die
+        elif moment == "background":
+            shardfile.ShardWriter.write_rest = die
         else:
             commit.Commit.run = die
 
@@ -202,7 +204,7 @@ def die_in_save(stage: int, folder: Path, moment: str) -> str:
     return failing(save)
 
 
-@pytest.mark.parametrize("moment", ["writing", "committing"])
+@pytest.mark.parametrize("moment", ["writing", "background", "committing"])
 def test_a_rank_killed_mid_save_loses_that_save_only(moment: str, tmp_path: Path) -> None:
     text, died = run_ranks(die_in_save, 2, 2, tmp_path, moment, timeout=60, expect_death=[1])
     assert isinstance(died, Died) and "rank 1" in text, text

@@ -99,6 +99,7 @@ def save(
         group=engine.data_parallel_group,
         save_latest=save_latest,
         exclude_frozen=exclude_frozen,
+        gate=optimizer.gate if training else None,
     )
     engine.pending_save = pending
     engine.callbacks.on_save(engine, str(directory), tag)

@@ -360,8 +360,10 @@ class DeepSpeedEngine(ConfigGetters, nn.Module):
     ) -> bool:
         """Save everything that resuming needs to `save_dir/tag` (default tag: global_step<N>); collective.
 
-        Returns when the data is in the page cache; it becomes durable, and `latest` moves, in the background. The
-        next save, a load and exit wait for that; `wait_for_checkpoint` does so explicitly.
+        Returns when training may go on: what the next forward and backward could change is written, the optimizer's
+        own memory is read while they run, and the next update waits for the rest of it. The checkpoint becomes
+        durable, and `latest` moves, in the background. The next save, a load and exit wait for that and raise what
+        went wrong with it; `wait_for_checkpoint` does so explicitly.
         """
         return checkpoint_io.save(self, save_dir, tag, client_state or {}, save_latest, exclude_frozen_parameters)
 

@@ -215,13 +215,16 @@ class InnerOptimizer:
                 continue
             part = slice(start - first, stop - first)
             tensors = {MASTER: segment.parameter.data[part]}
+            private = set() if unit.master is unit.storage.own else {MASTER}
             scalars = {}
             for key, value in self.optimizer.state.get(segment.parameter, {}).items():
                 if isinstance(value, Tensor) and value.shape == segment.parameter.shape:
                     tensors[key] = value[part]
+                    private.add(key)
                 elif isinstance(value, (Tensor, int, float)):
                     scalars[key] = float(value)
-            found.append(StateSegment(unit.layout, segment.group, start, stop - start, tensors, scalars))
+            numel, kept = stop - start, frozenset(private)
+            found.append(StateSegment(unit.layout, segment.group, start, numel, tensors, scalars, kept))
         return found
 
     # -- generic -------------------------------------------------------------------------------------------------

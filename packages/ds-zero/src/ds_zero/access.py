@@ -77,6 +77,7 @@ def _scatter(place: Place, own: tuple[int, Tensor] | None, value: Tensor, label:
 
 def _master(place: Place) -> Tensor | None:
     unit = place.unit
+    place.owner.gate.wait()
     with torch.no_grad():
         unit.absorb_edits()
     return unit.master if unit.master is not None else unit.storage.own
@@ -124,6 +125,7 @@ def _state(place: Place, key: str) -> tuple[int, Tensor] | None:
 
 def _before_master_write(place: Place) -> None:
     """Gathering is one-sided on shared memory: wait until no rank reads the old values any more (collective)."""
+    place.owner.gate.wait()
     if place.unit.sharded:
         place.unit.comm.barrier(label=f"before {place.unit.layout.name} is written")
 
@@ -206,6 +208,7 @@ def safe_set_full_optimizer_state(parameter: nn.Parameter, value: Tensor, key: s
     """Replace the optimizer state `key`; every rank passes the full value."""
     place = place_of(parameter)
     if place is not None:
+        place.owner.gate.wait()
         _scatter(place, _state(place, key), value, key)
 
 
@@ -280,7 +283,9 @@ def safe_set_local_grad(parameter: nn.Parameter, value: Tensor) -> None:
 
 def safe_set_local_optimizer_state(parameter: nn.Parameter, value: Tensor, key: str) -> None:
     """Replace this rank's elements of an optimizer state."""
-    _local_set(_state(_local_place(parameter), key), value)
+    place = _local_place(parameter)
+    place.owner.gate.wait()
+    _local_set(_state(place, key), value)
 
 
 # -- leaf modules ------------------------------------------------------------------------------------------------

@@ -28,7 +28,7 @@ from ds_zero.errors import NonFiniteGradientError, ZeroStateError
 from ds_zero.layout import ShardMap
 from ds_zero.precision import LossScaler
 from ds_zero.sharded import ShardedModel
-from ds_zero.state import StateSegment
+from ds_zero.state import StateSegment, UpdateGate
 
 __all__ = ["ZeroOptimizer"]
 
@@ -83,6 +83,11 @@ class ZeroOptimizer(Optimizer):
     @property
     def shard_map(self) -> ShardMap:
         return self.sharded.shard_map
+
+    @property
+    def gate(self) -> UpdateGate:
+        """What a checkpoint closes while it reads masters and state; every method that writes them waits for it."""
+        return self.sharded.gate
 
     @property
     def zero_stage(self) -> int:
@@ -199,6 +204,7 @@ class ZeroOptimizer(Optimizer):
             raise ZeroStateError("step without a backward: no gradient has been reduced since the last step")
         self.sharded.refuse_unfrozen()
         self.reducer.finish_means()
+        self.gate.wait()
         for unit in self.sharded.trainable:
             unit.absorb_edits()
         norm = global_norm(self.sharded.trainable, self.comm, sharded=self.sharded.parts.state) / self.loss_scale
@@ -261,6 +267,7 @@ class ZeroOptimizer(Optimizer):
     @torch.no_grad()
     def refresh_master(self) -> None:
         """Take the parameters' present values over into the masters (after edits through `.data`)."""
+        self.gate.wait()
         for unit in self.sharded.trainable:
             if unit.master is not None and unit.master is not unit.storage.own:
                 unit.master.copy_(unit.storage.own)
@@ -270,18 +277,21 @@ class ZeroOptimizer(Optimizer):
     @torch.no_grad()
     def export_state(self) -> list[StateSegment]:
         """What this rank saves: over all ranks every element once. Tensors alias the live state."""
+        self.gate.wait()
         for unit in self.sharded.trainable:
             unit.absorb_edits()
         return [*self.inner.state_segments(shard_only=True), *self.sharded.parameter_segments()]
 
     def import_targets(self, keys: dict[str, torch.dtype] | None = None) -> list[StateSegment]:
         """Writable segments of everything this rank needs; `keys` are optimizer states to allocate (name -> dtype)."""
+        self.gate.wait()
         self.inner.allocate_all(keys or {})
         return [*self.inner.state_segments(shard_only=False), *self.sharded.parameter_segments(shard_only=False)]
 
     @torch.no_grad()
     def finish_import(self, targets: Sequence[StateSegment] = ()) -> None:
         """Publish what was loaded into the masters, and take the segments' scalars over (collective)."""
+        self.gate.wait()
         for segment, target in zip(self.inner.segments, targets, strict=False):
             state = self.optimizer.state[segment.parameter]
             for key, value in target.scalars.items():  # torch's optimizers keep them as 0-d tensors, some as numbers
@@ -314,6 +324,7 @@ class ZeroOptimizer(Optimizer):
                 f"state of {len(flats)} segments does not fit this rank's {len(self.inner.segments)}; it was taken at"
                 " another layout: use a checkpoint, which loads at any"
             )
+        self.gate.wait()
         self.optimizer.load_state_dict(state_dict["optimizer_state_dict"])
         self.param_groups, self.state = self.optimizer.param_groups, self.optimizer.state  # torch replaced both
         for segment, flat in zip(self.inner.segments, flats, strict=True):

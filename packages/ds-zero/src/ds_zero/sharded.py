@@ -24,7 +24,7 @@ from ds_zero.config import ZeroConfig
 from ds_zero.errors import LayoutError, ZeroStateError
 from ds_zero.layout import FROZEN, ParamSpec, ShardMap, plan_shard_map
 from ds_zero.precision import DTYPES, dtype_name
-from ds_zero.state import PARAM, StateSegment
+from ds_zero.state import PARAM, StateSegment, UpdateGate
 
 __all__ = ["Place", "ShardedModel", "StageParts", "UnitHome", "place_of"]
 
@@ -55,10 +55,11 @@ def place_of(parameter: Tensor) -> Place | None:
 class UnitHome:
     """Home of a stage-3 parameter: one slot of a unit."""
 
-    def __init__(self, unit: Unit, index: int) -> None:
+    def __init__(self, unit: Unit, index: int, gate: UpdateGate) -> None:
         self.unit = unit
         self.index = index
         self.comm = unit.comm
+        self._gate = gate
 
     @property
     def available(self) -> bool:
@@ -75,6 +76,7 @@ class UnitHome:
         return self.unit.fetch(self.index)
 
     def store(self, value: Tensor) -> None:
+        self._gate.wait()
         self.unit.store(self.index, value)
 
     def hold(self, held: bool) -> None:
@@ -128,6 +130,7 @@ class ShardedModel:
         self.config = config
         self.comm = comm
         self.parts = parts
+        self.gate = UpdateGate()
         self._names = _names(model)
         _refuse_shared_memory(self._names)
         by_name = {names[0]: parameter for parameter, names in self._names.items()}
@@ -240,7 +243,7 @@ class ShardedModel:
     def _adopt(self) -> None:
         for unit in self.units:
             for index, (slot, parameter) in enumerate(zip(unit.layout.slots, unit.parameters, strict=True)):
-                home = UnitHome(unit, index)
+                home = UnitHome(unit, index, self.gate)
                 record = adopt(parameter, torch.Size(slot.shape), home)
                 record.register_external = self._external
                 home.restore(parameter)
@@ -309,6 +312,7 @@ class ShardedModel:
 
     def close(self) -> None:
         """Undo the sharding: parameters become ordinary tensors with their full values (collective)."""
+        self.gate.wait()
         self.detach()
         for unit in self.units:
             unit.gather()

@@ -27,7 +27,7 @@ from ds_zero.checkpoint.manifest import (
     record_from_json,
     record_to_json,
 )
-from ds_zero.checkpoint.shardfile import plan_shard, stream_file, write_shard
+from ds_zero.checkpoint.shardfile import ShardPlan, ShardWriter, plan_shard, stream_file
 from ds_zero.checkpoint.tree import decode_tree, encode_tree
 from ds_zero.errors import CheckpointError
 from ds_zero.layout import ParamSpec, ShardMap, plan_shard_map
@@ -135,6 +135,12 @@ def test_a_newer_format_says_so() -> None:
     text = Manifest("t", "n", "9", 1, 1, 1, False, [], {}, {}, None, [], version=99).to_json()
     with pytest.raises(CheckpointError, match="newer than 1"):
         Manifest.from_json(text, "m")
+
+
+def write_shard(plan: ShardPlan, path: Path) -> FileRecord:
+    writer = ShardWriter(plan, path, defer=False)
+    writer.write_now()
+    return writer.write_rest()
 
 
 def test_shard_file_is_safetensors(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""From shards in the page cache to a durable checkpoint: the background half of a save.
+"""From a shard that is partly written to a durable checkpoint: the background half of a save.
 
 Every rank runs `Commit.run` in a thread that exit waits for. Ranks talk through files in the temporary directory,
 never through the process group, which belongs to the training loop:
@@ -24,8 +24,16 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from ds_comm.log import get_logger
-from ds_zero.checkpoint import durable
-from ds_zero.checkpoint.manifest import MANIFEST_NAME, Manifest, RankRecord, merge, record_from_json, record_to_json
+from ds_zero.checkpoint import diskio, durable
+from ds_zero.checkpoint.manifest import (
+    MANIFEST_NAME,
+    Manifest,
+    RankRecord,
+    merge,
+    record_from_json,
+    record_to_json,
+    shard_file_name,
+)
 from ds_zero.checkpoint.script import SCRIPT, SCRIPT_NAME
 from ds_zero.errors import CheckpointError
 from ds_zero.layout import FROZEN, ShardMap
@@ -40,14 +48,18 @@ _ALIVE_SECONDS = 1.0
 
 @dataclasses.dataclass(frozen=True)
 class Commit:
-    """What the background half of one rank knows. `identities[r]` tells whether rank r's process still lives."""
+    """What the background half of one rank knows. `identities[r]` tells whether rank r's process still lives.
+
+    `write()` writes what the shard still lacks and describes it; `nbytes` counts the shards of all ranks.
+    """
 
     directory: Path
     tag: str
     nonce: str
     temporary: Path
     rank: int
-    record: RankRecord
+    write: Callable[[], RankRecord]
+    nbytes: int
     identities: tuple[tuple[str, int, int], ...]
     shard_map: ShardMap
     ds_version: str
@@ -60,10 +72,11 @@ class Commit:
         return len(self.identities)
 
     def run(self) -> None:
-        """Make this rank's shard durable, then commit (rank 0) or learn what rank 0 did (others)."""
+        """Finish this rank's shard, make it durable, then commit (rank 0) or learn what rank 0 did (others)."""
         try:
-            durable.fsync_path(self.temporary / self.record.file.name)
-            self._post(f"done_{self.rank:05d}.json", record_to_json(self.record))
+            record = self.write()
+            durable.fsync_path(self.temporary / record.file.name)
+            self._post(f"done_{self.rank:05d}.json", record_to_json(record))
         except Exception as error:  # of whatever kind: the other ranks wait for this one
             reason = f"rank {self.rank}: {error}"
             given_up = (self.temporary / "failed").exists()  # then rank 0 has removed the shards
@@ -75,6 +88,12 @@ class Commit:
             self._lead()
         else:
             self._follow()
+
+    def fill_cache(self) -> None:
+        """Afterwards: bring this rank's shard into the page cache, so that a load after a save is fast."""
+        shard = self.directory / self.tag / shard_file_name(self.rank, self.size)
+        with contextlib.suppress(OSError):  # replaced or removed meanwhile
+            diskio.fill_cache(shard, self.nbytes, threading.main_thread().is_alive)
 
     def _error(self, reason: str) -> CheckpointError:
         return CheckpointError(
@@ -213,13 +232,14 @@ def _nonce_of(directory: Path) -> str | None:
 
 
 class PendingSave:
-    """A save whose shards are in the page cache. `wait()` returns when it is durable and raises if it failed."""
+    """A save that goes on in the background. `wait()` returns when it is durable and raises if it failed."""
 
     def __init__(self, commit: Commit) -> None:
         self.tag = commit.tag
         self.path = commit.directory / commit.tag
         self._commit = commit
         self._error: BaseException | None = None
+        self._settled = threading.Event()
         self._thread = threading.Thread(target=self._run, name=f"checkpoint-{commit.tag}")  # exit joins it
         with _PENDING_LOCK:
             _PENDING.append(self)
@@ -231,11 +251,14 @@ class PendingSave:
         except Exception as error:
             self._error = error
             _LOGGER.error("%s", error)
+        self._settled.set()
+        if self._error is None:
+            self._commit.fill_cache()
 
     @property
     def done(self) -> bool:
         """Whether the outcome is known (wait() will not block)."""
-        return not self._thread.is_alive()
+        return self._settled.is_set()
 
     def wait(self) -> Path:
         """Block until the checkpoint is durable; its directory.
@@ -243,7 +266,7 @@ class PendingSave:
         Raises:
             CheckpointError: on every rank, if any rank could not write; names the ranks.
         """
-        self._thread.join()
+        self._settled.wait()
         with _PENDING_LOCK:
             if self in _PENDING:
                 _PENDING.remove(self)

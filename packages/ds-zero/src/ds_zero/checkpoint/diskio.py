@@ -1,10 +1,17 @@
-"""Moving 4 MiB chunks between memory and the disk by whichever way is faster at the moment.
+"""Moving 4 MiB chunks between memory and the disk by whichever way is faster or cheaper at the moment.
 
 Writing through the page cache is fastest while the kernel has warm pages to give; on a virtual machine that must first
 fault them in from its host, or under memory pressure, it is ten times slower than the disk. Writing past the cache
-(O_DIRECT) runs at the speed of the disk. So the first chunks go through the cache and are timed; where it turns out
-slow, direct workers join: they and the calling thread take the next chunk from one stream whenever they are free, and
-the faster way does most of the work. Reading takes what the page cache holds (RWF_NOWAIT) and the rest past it.
+(O_DIRECT) runs at the speed of the disk and costs a fifth of the processor time or less.
+
+    somebody waits   the first chunks go through the cache and are timed; where it turns out slow, direct workers join:
+                     they and the calling thread take the next chunk from one stream whenever they are free, and the
+                     faster way does most of the work.
+    nobody waits     one worker goes past the cache, so that training keeps its cores. Who comes to wait after all
+                     sends a helper, which goes through the cache (`ChunkWriter.hurry`). `fill_cache` has the kernel
+                     read the file back later: what lies in the cache is what makes a load fast.
+
+Reading takes what the page cache holds (RWF_NOWAIT) and the rest past it.
 
 Invariants
     chunk i is bytes `[i * CHUNK_NBYTES, ...)`; ranges never overlap, so cached and direct access never meet in a page;
@@ -15,7 +22,9 @@ Invariants
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import errno
+import functools
 import mmap
 import os
 import threading
@@ -23,16 +32,28 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
+import numpy as np
 import xxhash
 
 from ds_zero.checkpoint.format import CHUNK_NBYTES
 
-__all__ = ["aligned_buffer", "open_direct", "read_cached", "read_direct", "run_workers", "write_chunks"]
+__all__ = [
+    "ChunkWriter",
+    "aligned_buffer",
+    "fill_cache",
+    "open_direct",
+    "read_cached",
+    "read_direct",
+    "run_workers",
+    "write_chunks",
+]
 
 _MAX_IOV = 512
 _PAGE = 4096
 _DIRECT_WORKERS = 2
 _PROBE_CHUNKS = 16
+_FILL_NBYTES = 32 << 20
+_MADV_POPULATE_READ = 22
 _SLOW_CACHE = 200e6
 """Bytes per second below which the page cache gets help; what lies in it afterwards is what makes a load fast."""
 
@@ -46,8 +67,11 @@ def open_direct(path: Path, flags: int) -> int | None:
 
 
 def aligned_buffer() -> memoryview:
-    """One chunk of page-aligned memory."""
-    return memoryview(mmap.mmap(-1, CHUNK_NBYTES))
+    """One chunk of page-aligned memory, in large pages where there are any: fewer pieces for the disk's driver."""
+    memory = mmap.mmap(-1, CHUNK_NBYTES)
+    with contextlib.suppress(AttributeError, OSError):
+        memory.madvise(mmap.MADV_HUGEPAGE)
+    return memoryview(memory)
 
 
 def run_workers(bodies: Sequence[Callable[[], None]]) -> None:
@@ -70,41 +94,115 @@ def run_workers(bodies: Sequence[Callable[[], None]]) -> None:
         raise errors[0]
 
 
-class _ChunkWriter:
-    def __init__(self, path: Path, chunks: Iterable[list[memoryview]]) -> None:
+class ChunkWriter:
+    """A new file, written by several threads from streams of (chunk index, its parts in memory). Not fsynced."""
+
+    def __init__(self, path: Path) -> None:
         self._path = path
-        self._chunks = enumerate(chunks)
-        self._lock = threading.Lock()
-        self._stopped = False
+        self._chunks: Iterator[tuple[int, list[memoryview]]] = iter(())
+        self._changed = threading.Condition()
+        self._in_flight = 0
+        self._error: BaseException | None = None
         self._fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
         self._direct: int | None = None
-        self.checksums: dict[int, str] = {}
-        self.nbytes = 0
+        self._checksums: dict[int, str] = {}
+
+    @property
+    def checksums(self) -> tuple[str, ...]:
+        """xxh3_64 of each chunk, once all are written."""
+        return tuple(self._checksums[index] for index in range(len(self._checksums)))
+
+    def feed(self, chunks: Iterable[tuple[int, list[memoryview]]]) -> None:
+        """The stream that the next calls write; their parts must stay as they are until it has been read."""
+        with self._changed:
+            self._chunks = iter(chunks)
+
+    def write_now(self, total_nbytes: int) -> None:
+        """Write the stream (about `total_nbytes`) as fast as possible; OSError if that fails."""
+        bodies: list[Callable[[], None]] = [lambda: self._work(self._cached)]
+        if total_nbytes > _PROBE_CHUNKS * CHUNK_NBYTES and self._cache_is_slow():
+            self._open_direct()
+            if self._direct is not None:
+                bodies += [self._direct_body] * _DIRECT_WORKERS
+        run_workers(bodies)
+
+    def write_cheaply(self) -> None:
+        """Write the stream with little processor time; OSError if that fails, here or in a helper."""
+        self._open_direct()
+        self._background(self._direct_body)
+        self._await_idle()
+        if self._error is not None:
+            raise self._error
+
+    def hurry(self) -> None:
+        """Return when the stream has been read to its end (or given up), and help so that this is soon."""
+        body = functools.partial(self._work, self._cached)
+        helper = threading.Thread(target=self._background, args=(body,), name="checkpoint-helper")
+        helper.start()  # a thread, so that a signal in the caller does not lose a chunk
+        helper.join()
+        self._await_idle()
+
+    def fileno(self) -> int:
+        return self._fd
+
+    def close(self) -> None:
+        """Close the file; harmless twice."""
+        for descriptor in (self._fd, self._direct):
+            if descriptor is not None and descriptor >= 0:
+                os.close(descriptor)
+        self._fd, self._direct = -1, None
+
+    def _open_direct(self) -> None:
+        if self._direct is None:
+            self._direct = open_direct(self._path, os.O_WRONLY)
+
+    def _background(self, body: Callable[[], None]) -> None:
+        """Run a body; its error ends the stream, and `write_cheaply` raises it."""
+        try:
+            body()
+        except Exception as error:
+            self._error = self._error or error
+
+    def _await_idle(self) -> None:
+        with self._changed:
+            self._changed.wait_for(lambda: self._in_flight == 0)
 
     def _take(self) -> tuple[int, list[memoryview]] | None:
-        with self._lock:
-            taken = None if self._stopped else next(self._chunks, None)
-            if taken is not None:
-                self.nbytes += sum(map(len, taken[1]))
+        with self._changed:
+            taken = None if self._error is not None else next(self._chunks, None)
+            self._in_flight += taken is not None
             return taken
 
-    def _work(self, write: Callable[[int, list[memoryview]], None]) -> None:
+    def _write_one(self, write: Callable[[int, list[memoryview]], None]) -> int:
+        """Write the next chunk; its bytes, 0 at the end of the stream."""
+        taken = self._take()
+        if taken is None:
+            return 0
         try:
-            while (taken := self._take()) is not None:
-                write(*taken)
-        except BaseException:
-            self._stopped = True
+            write(*taken)
+            return sum(map(len, taken[1]))
+        except BaseException as error:
+            self._error = self._error or error
             raise
+        finally:
+            with self._changed:
+                self._in_flight -= 1
+                self._changed.notify_all()
+
+    def _work(self, write: Callable[[int, list[memoryview]], None]) -> None:
+        while self._write_one(write):
+            pass
 
     def _cached(self, index: int, parts: list[memoryview]) -> None:
         digest = xxhash.xxh3_64()
         for part in parts:
             digest.update(part)
-        self.checksums[index] = digest.hexdigest()
+        self._checksums[index] = digest.hexdigest()
         _write_all(self._fd, list(parts), index * CHUNK_NBYTES)
 
     def _direct_body(self) -> None:
         bounce = aligned_buffer()
+        target = np.frombuffer(bounce, dtype=np.uint8)
 
         def write(index: int, parts: list[memoryview]) -> None:
             nbytes = sum(map(len, parts))
@@ -112,10 +210,10 @@ class _ChunkWriter:
                 self._cached(index, parts)
                 return
             position = 0
-            for part in parts:
-                bounce[position : position + len(part)] = part
+            for part in parts:  # numpy copies without holding the interpreter lock
+                np.copyto(target[position : position + len(part)], np.frombuffer(part, dtype=np.uint8))
                 position += len(part)
-            self.checksums[index] = xxhash.xxh3_64_hexdigest(bounce[:nbytes])
+            self._checksums[index] = xxhash.xxh3_64_hexdigest(bounce[:nbytes])
             try:
                 _write_all(self._direct, [bounce[:nbytes]], index * CHUNK_NBYTES)
             except OSError as error:
@@ -128,24 +226,8 @@ class _ChunkWriter:
     def _cache_is_slow(self) -> bool:
         """Write the first chunks through the cache and time them."""
         begin = time.perf_counter()
-        for _ in range(_PROBE_CHUNKS):
-            taken = self._take()
-            if taken is not None:
-                self._cached(*taken)
-        return self.nbytes < _SLOW_CACHE * (time.perf_counter() - begin)
-
-    def run(self, total_nbytes: int) -> None:
-        try:
-            bodies: list[Callable[[], None]] = [lambda: self._work(self._cached)]
-            if total_nbytes > _PROBE_CHUNKS * CHUNK_NBYTES and self._cache_is_slow():
-                self._direct = open_direct(self._path, os.O_WRONLY)
-                if self._direct is not None:
-                    bodies += [self._direct_body] * _DIRECT_WORKERS
-            run_workers(bodies)
-        finally:
-            os.close(self._fd)
-            if self._direct is not None:
-                os.close(self._direct)
+        nbytes = sum(self._write_one(self._cached) for _ in range(_PROBE_CHUNKS))
+        return nbytes < _SLOW_CACHE * (time.perf_counter() - begin)
 
 
 def _write_all(fd: int, parts: list[memoryview], offset: int) -> None:
@@ -167,9 +249,13 @@ def write_chunks(path: Path, buffers: Iterable[memoryview], total_nbytes: int) -
 
     Buffers must stay as they are until this returns.
     """
-    writer = _ChunkWriter(path, _regroup(buffers))
-    writer.run(total_nbytes)
-    return writer.nbytes, tuple(writer.checksums[index] for index in range(len(writer.checksums)))
+    writer = ChunkWriter(path)
+    try:
+        writer.feed(enumerate(_regroup(buffers)))
+        writer.write_now(total_nbytes)
+        return os.fstat(writer.fileno()).st_size, writer.checksums
+    finally:
+        writer.close()
 
 
 def _regroup(buffers: Iterable[memoryview]) -> Iterator[list[memoryview]]:
@@ -188,6 +274,44 @@ def _regroup(buffers: Iterable[memoryview]) -> Iterator[list[memoryview]]:
                 chunk, room = [], CHUNK_NBYTES
     if chunk:
         yield chunk
+
+
+def fill_cache(path: Path, sharers_nbytes: int, wanted: Callable[[], bool]) -> None:
+    """Bring a file into the page cache ahead of a load; stops when that is not `wanted` any more.
+
+    Only from a block device of this host (over a network it would cost others), and only if `sharers_nbytes`, what all
+    ranks are about to read, fit in half of the memory that is available. The pages are read as 2 MiB each through a
+    mapping: that takes a fifth of the processor time of reading them one by one (`POSIX_FADV_WILLNEED`), let alone of
+    writing them through the cache.
+    """
+    if sharers_nbytes > _available_nbytes() // 2:
+        return
+    with open(path, "rb") as file:
+        status = os.fstat(file.fileno())
+        for offset in range(0, status.st_size if os.major(status.st_dev) else 0, _FILL_NBYTES):
+            if not wanted():
+                return
+            nbytes = min(_FILL_NBYTES, status.st_size - offset)
+            with mmap.mmap(file.fileno(), nbytes, mmap.MAP_SHARED, mmap.PROT_READ, offset=offset) as window:
+                _populate(window, nbytes)
+
+
+def _populate(window: mmap.mmap, nbytes: int) -> None:
+    """Have the pages of a mapping read, without holding the interpreter lock; nothing where the system cannot."""
+    view = np.frombuffer(window, dtype=np.uint8)
+    address, madvise = view.ctypes.data, ctypes.CDLL(None).madvise
+    for advice in (mmap.MADV_HUGEPAGE, _MADV_POPULATE_READ):
+        madvise(ctypes.c_void_p(address), ctypes.c_size_t(nbytes), ctypes.c_int(advice))
+    del view  # the mapping can only be closed without it
+
+
+def _available_nbytes() -> int:
+    """Memory that can be had without swapping; 0 where the system does not say."""
+    with contextlib.suppress(OSError, ValueError), open("/proc/meminfo", encoding="ascii") as file:
+        for line in file:
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) << 10
+    return 0
 
 
 def read_cached(fd: int, views: list[memoryview], offset: int) -> bool:

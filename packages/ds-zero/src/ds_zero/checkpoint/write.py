@@ -2,7 +2,8 @@
 
 While `save` runs, the ranks meet three times (prepare, begin, written), so that an error on one rank is an error on
 all of them, before anything but a temporary directory has changed. When it returns, the live state may change again:
-all of it is in the page cache.
+all of it is in the file, except what the gate protects. That is read in the background while the next forward and
+backward run, which write neither masters nor optimizer state; the next update waits for the rest of it, if any.
 """
 
 from __future__ import annotations
@@ -24,11 +25,11 @@ from ds_zero.checkpoint import durable
 from ds_zero.checkpoint.commit import Commit, PendingSave, wait_for_pending_saves
 from ds_zero.checkpoint.manifest import RankRecord, shard_file_name
 from ds_zero.checkpoint.peers import Peers, peers_of
-from ds_zero.checkpoint.shardfile import ShardPlan, plan_shard, write_shard
+from ds_zero.checkpoint.shardfile import ShardPlan, ShardWriter, plan_shard
 from ds_zero.checkpoint.tree import encode_tree
 from ds_zero.errors import CheckpointError
 from ds_zero.layout import ShardMap
-from ds_zero.state import StateSegment
+from ds_zero.state import StateSegment, UpdateGate
 
 __all__ = ["save"]
 
@@ -63,6 +64,7 @@ def save(
     exclude_frozen: bool = False,
     asynchronous: bool = True,
     timeout: float | None = None,
+    gate: UpdateGate | None = None,
 ) -> PendingSave:
     """Write a checkpoint to `directory/tag`; collective over `peers` (default: the ranks of `group`).
 
@@ -92,14 +94,22 @@ def save(
     assert plan is not None  # or _check_agreement had raised
     nonce = _begin(peers, target, tag, sum(item.nbytes for item in everyone))
     temporary = durable.temporary_directory(target, tag, nonce)
-    record = _write(peers, plan, trees, temporary)
+    file = shard_file_name(peers.rank, peers.size)
+    writer = ShardWriter(plan, temporary / file, defer=gate is not None)
+    _write(peers, writer, temporary, file)
+    params, tensors = plan.params, plan.tensors
+
+    def write() -> RankRecord:
+        return RankRecord(peers.rank, writer.write_rest(), params, tensors, *trees)
+
     commit = Commit(
         directory=target,
         tag=tag,
         nonce=nonce,
         temporary=temporary,
         rank=peers.rank,
-        record=record,
+        write=write,
+        nbytes=sum(item.nbytes for item in everyone),
         identities=tuple(item.identity for item in everyone),
         shard_map=shard_map,
         ds_version=__version__,
@@ -107,6 +117,8 @@ def save(
         exclude_frozen=exclude_frozen,
         timeout=seconds_from_environment() if timeout is None else timeout,
     )
+    if gate is not None:
+        gate.hold(writer.finish_reading)
     pending = PendingSave(commit)
     if not asynchronous:
         pending.wait()
@@ -180,20 +192,19 @@ def _begin(peers: Peers, target: Path, tag: str, needed: int) -> str:
     return str(answer)
 
 
-def _write(peers: Peers, plan: ShardPlan, trees: tuple[Any, Any], temporary: Path) -> RankRecord:
-    """Write this rank's shard; if any rank could not, remove all of them and raise everywhere."""
-    record: RankRecord | None = None
+def _write(peers: Peers, writer: ShardWriter, temporary: Path, file: str) -> None:
+    """Write what cannot wait; if any rank could not, remove all shards and raise everywhere."""
     error: str | None = None
     try:
         _await_directory(temporary)
-        file = write_shard(plan, temporary / shard_file_name(plan.rank, peers.size))
-        record = RankRecord(plan.rank, file, plan.params, plan.tensors, *trees)
+        writer.write_now()
     except OSError as failure:
         error = str(failure)
     errors = peers.all_gather(error, label=f"save_checkpoint {temporary.name}: written")
     found = [f"rank {rank}: {text}" for rank, text in enumerate(errors) if text is not None]
     if found:
-        (temporary / shard_file_name(plan.rank, peers.size)).unlink(missing_ok=True)
+        writer.close()
+        (temporary / file).unlink(missing_ok=True)
         if peers.rank == 0:
             shutil.rmtree(temporary, ignore_errors=True)
         free = durable.free_nbytes(temporary.parent) if temporary.parent.exists() else 0
@@ -201,8 +212,6 @@ def _write(peers: Peers, plan: ShardPlan, trees: tuple[Any, Any], temporary: Pat
             f"checkpoint was not saved; {'; '.join(found)} ({free} bytes are free now); "
             "the previous checkpoint is untouched"
         )
-    assert record is not None
-    return record
 
 
 def _await_directory(temporary: Path) -> None:
