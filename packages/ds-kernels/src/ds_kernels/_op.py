@@ -32,6 +32,7 @@ class Op:
         fake: Callable[..., Any],
         setup_context: Callable[[Any, tuple[Any, ...], Any], None] | None = None,
         backward: Callable[..., Any] | None = None,
+        mutates: tuple[str, ...] = (),
     ) -> None:
         """Define an operation.
 
@@ -41,11 +42,12 @@ class Op:
             fake: like forward on tensors without data: empty tensors of the right shapes, dtypes and strides.
             setup_context: `(ctx, inputs, output)`: saves for backward what it needs.
             backward: `(ctx, *grads)`: one gradient or None per input.
+            mutates: arguments that it writes to, marked in the schema as `Tensor(a!) cache`.
         """
         name, self._forward = schema.partition("(")[0], forward
         self.__name__ = name
         custom = torch.library.custom_op(
-            f"ds_kernels::{name}", forward, mutates_args=(), schema=schema.removeprefix(name)
+            f"ds_kernels::{name}", forward, mutates_args=mutates, schema=schema.removeprefix(name)
         )
         custom.register_fake(fake)
         self._function: Any = None

@@ -23,7 +23,9 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-__all__ = ["HAS_BF16_DOT", "LANES", "ROWS", "column_exp", "column_exp_pairs", "column_max", "tile_bf16", "tile_f32"]
+__all__ = [
+    "Code", "HAS_BF16_DOT", "LANES", "ROWS", "column_exp", "column_exp_pairs", "column_max", "tile_bf16", "tile_f32",
+]  # fmt: skip
 
 HAS_BF16_DOT: bool = bool(binding.get_host_cpu_features().get("avx512bf16"))
 """Whether `tile_bf16` can be compiled here."""
@@ -32,15 +34,15 @@ LANES = 16
 ROWS = 8
 """Rows of a tile: with two vectors of 16 lanes each, 16 accumulators."""
 
-_I32, _I64, _F32 = ir.IntType(32), ir.IntType(64), ir.FloatType()
-_VEC, _INTS = ir.VectorType(_F32, LANES), ir.VectorType(_I32, LANES)
-_ZERO = ir.Constant(_VEC, None)
+I32, I64, F32 = ir.IntType(32), ir.IntType(64), ir.FloatType()
+VECTOR, INTS = ir.VectorType(F32, LANES), ir.VectorType(I32, LANES)
+ZERO = ir.Constant(VECTOR, None)
 _EXP2 = (1.0, 0.6931472067028329, 0.24022650922289554, 0.05550327226669895,
          0.00961805667843204, 0.0013400428177711937, 0.00015461444724808513)  # fmt: skip
 """2^x for |x| <= 1/2, by powers of x: interpolated in Chebyshev points, relative error 3e-9."""
 
 
-class _Code:
+class Code:
     """A builder with what the intrinsics share."""
 
     def __init__(self, builder: Any) -> None:
@@ -48,10 +50,10 @@ class _Code:
 
     def address(self, base: Any, offset: Any, llvm: Any) -> Any:
         """A pointer to element `offset`."""
-        offset = _I64(offset) if isinstance(offset, int) else offset
-        return self.b.inttoptr(self.b.add(base, self.b.shl(offset, _I64(2))), llvm.as_pointer())
+        offset = I64(offset) if isinstance(offset, int) else offset
+        return self.b.inttoptr(self.b.add(base, self.b.shl(offset, I64(2))), llvm.as_pointer())
 
-    def load(self, base: Any, offset: Any, llvm: Any = _VEC) -> Any:
+    def load(self, base: Any, offset: Any, llvm: Any = VECTOR) -> Any:
         value = self.b.load(self.address(base, offset, llvm))
         value.align = 4
         return value
@@ -59,18 +61,18 @@ class _Code:
     def store(self, value: Any, base: Any, offset: Any) -> None:
         self.b.store(value, self.address(base, offset, value.type), align=4)
 
-    def splat(self, value: Any, llvm: Any = _VEC) -> Any:
+    def splat(self, value: Any, llvm: Any = VECTOR) -> Any:
         undefined = ir.Constant(llvm, ir.Undefined)
-        return self.b.shuffle_vector(self.b.insert_element(undefined, value, _I32(0)), undefined, ir.Constant(_INTS, None))
+        return self.b.shuffle_vector(self.b.insert_element(undefined, value, I32(0)), undefined, ir.Constant(INTS, None))
 
     def constant(self, value: float) -> Any:
-        return ir.Constant(_VEC, [ir.Constant(_F32, value)] * LANES)
+        return ir.Constant(VECTOR, [ir.Constant(F32, value)] * LANES)
 
     def ints(self, value: int) -> Any:
-        return ir.Constant(_INTS, [ir.Constant(_I32, value)] * LANES)
+        return ir.Constant(INTS, [ir.Constant(I32, value)] * LANES)
 
     def fma(self, a: Any, b: Any, c: Any) -> Any:
-        kind = ir.FunctionType(_VEC, [_VEC] * 3)
+        kind = ir.FunctionType(VECTOR, [VECTOR] * 3)
         return self.b.call(cgutils.get_or_insert_function(self.b.module, kind, f"llvm.fma.v{LANES}f32"), [a, b, c])
 
     def maximum(self, a: Any, b: Any) -> Any:
@@ -82,18 +84,18 @@ class _Code:
         low = self.b.fcmp_ordered("<", x, self.constant(-126.0))
         x = self.b.select(low, self.constant(-126.0), x)
         # by llvm.rint: numba's fastmath reaches in here, and would undo a rounding by adding and subtracting 2^23
-        kind = ir.FunctionType(_VEC, [_VEC])
+        kind = ir.FunctionType(VECTOR, [VECTOR])
         whole = self.b.call(cgutils.get_or_insert_function(self.b.module, kind, f"llvm.rint.v{LANES}f32"), [x])
         rest = self.b.fsub(x, whole)
         value = self.constant(_EXP2[-1])
         for factor in reversed(_EXP2[:-1]):
             value = self.fma(value, rest, self.constant(factor))
-        exponent = self.b.add(self.b.shl(self.b.fptosi(whole, _INTS), self.ints(23)), self.ints(0x3F800000))
-        return self.b.select(low, _ZERO, self.b.fmul(value, self.b.bitcast(exponent, _VEC)))
+        exponent = self.b.add(self.b.shl(self.b.fptosi(whole, INTS), self.ints(23)), self.ints(0x3F800000))
+        return self.b.select(low, ZERO, self.b.fmul(value, self.b.bitcast(exponent, VECTOR)))
 
     def bf16_bits(self, x: Any) -> Any:
         """The bits of x, which is not infinite, rounded to bf16, in the upper half; a NaN stays one."""
-        bits = self.b.bitcast(x, _INTS)
+        bits = self.b.bitcast(x, INTS)
         odd = self.b.and_(self.b.lshr(bits, self.ints(16)), self.ints(1))
         rounded = self.b.add(self.b.add(bits, self.ints(0x7FFF)), odd)
         number = self.b.fcmp_ordered("ord", x, x)
@@ -103,13 +105,13 @@ class _Code:
         """Run body(step, values) count times, from `starts`; returns the last values."""
         entry = self.b.block
         inside, done = self.b.append_basic_block("loop"), self.b.append_basic_block("done")
-        self.b.cbranch(self.b.icmp_signed(">", count, _I64(0)), inside, done)
+        self.b.cbranch(self.b.icmp_signed(">", count, I64(0)), inside, done)
         self.b.position_at_end(inside)
-        step = self.b.phi(_I64)
-        step.add_incoming(_I64(0), entry)
+        step = self.b.phi(I64)
+        step.add_incoming(I64(0), entry)
         values = [self.b.phi(start.type) for start in starts]
         after = body(step, values)
-        following = self.b.add(step, _I64(1))
+        following = self.b.add(step, I64(1))
         step.add_incoming(following, inside)
         self.b.cbranch(self.b.icmp_signed("<", following, count), inside, done)
         self.b.position_at_end(done)
@@ -125,23 +127,23 @@ class _Code:
 
 
 def _tile(pairs: bool) -> Any:
-    element, vector = (_I32, _INTS) if pairs else (_F32, _VEC)
-    dot = ir.InlineAsm(ir.FunctionType(_VEC, [_VEC, _INTS, _INTS]), "vdpbf16ps $3, $2, $0", "=v,0,v,v")
+    element, vector = (I32, INTS) if pairs else (F32, VECTOR)
+    dot = ir.InlineAsm(ir.FunctionType(VECTOR, [VECTOR, INTS, INTS]), "vdpbf16ps $3, $2, $0", "=v,0,v,v")
 
     @intrinsic
     def tile(_context: Any, c: Any, c_row: Any, a: Any, a_row: Any, a_k: Any, b: Any, b_row: Any, k: Any) -> Any:
         def codegen(_ctx: Any, builder: Any, _sig: Any, args: Any) -> Any:
             c, c_row, a, a_row, a_k, b, b_row, depth = args
-            code = _Code(builder)
+            code = Code(builder)
             if pairs:
                 binding.initialize_native_asmparser()
 
             def body(step: Any, sums: list[Any]) -> list[Any]:
                 left, top = builder.mul(step, a_k), builder.mul(step, b_row)
-                columns = [code.load(b, builder.add(top, _I64(LANES * half)), vector) for half in range(2)]
+                columns = [code.load(b, builder.add(top, I64(LANES * half)), vector) for half in range(2)]
                 after = []
                 for i in range(ROWS):
-                    scalar = code.load(a, builder.add(builder.mul(a_row, _I64(i)), left), element)
+                    scalar = code.load(a, builder.add(builder.mul(a_row, I64(i)), left), element)
                     row = code.splat(scalar, vector)
                     for half in range(2):
                         total = sums[2 * i + half]
@@ -149,11 +151,11 @@ def _tile(pairs: bool) -> Any:
                         after.append(builder.call(dot, product) if pairs else code.fma(*product))
                 return after
 
-            totals = code.loop(depth, [_ZERO] * (2 * ROWS), body)
+            totals = code.loop(depth, [ZERO] * (2 * ROWS), body)
             for index, total in enumerate(totals):
-                place = builder.add(builder.mul(c_row, _I64(index // 2)), _I64(LANES * (index % 2)))
+                place = builder.add(builder.mul(c_row, I64(index // 2)), I64(LANES * (index % 2)))
                 code.store(builder.fadd(code.load(c, place), total), c, place)
-            return ir.Constant(_I64, 0)
+            return ir.Constant(I64, 0)
 
         return types.int64(*(types.int64,) * 8), codegen
 
@@ -173,7 +175,7 @@ def column_max(_context: Any, x: Any, row: Any, keys: Any, factor: Any, m: Any, 
 
     def codegen(_ctx: Any, builder: Any, _sig: Any, args: Any) -> Any:
         x, row, keys, factor, m, total, shrink = args
-        code = _Code(builder)
+        code = Code(builder)
         scale = code.splat(factor)
 
         def body(step: Any, values: list[Any]) -> list[Any]:
@@ -188,14 +190,14 @@ def column_max(_context: Any, x: Any, row: Any, keys: Any, factor: Any, m: Any, 
         factor = code.exp2(builder.fsub(before, _finite(code, highest)))
         code.store(factor, shrink, 0)
         code.store(builder.fmul(code.load(total, 0), factor), total, 0)
-        return ir.Constant(_I64, 0)
+        return ir.Constant(I64, 0)
 
     return types.int64(x, row, keys, types.float32, m, total, shrink), codegen
 
 
-def _finite(code: _Code, m: Any) -> Any:
+def _finite(code: Code, m: Any) -> Any:
     """m, or zero where it is -inf: nothing was seen so far, and -inf minus it is to be -inf."""
-    return code.b.select(code.b.fcmp_ordered("==", m, code.constant(float("-inf"))), _ZERO, m)
+    return code.b.select(code.b.fcmp_ordered("==", m, code.constant(float("-inf"))), ZERO, m)
 
 
 def _column_exp(pairs: bool) -> Any:
@@ -203,7 +205,7 @@ def _column_exp(pairs: bool) -> Any:
     def column_exp(_context: Any, x: Any, row: Any, keys: Any, m: Any, total: Any, out: Any) -> Any:
         def codegen(_ctx: Any, builder: Any, _sig: Any, args: Any) -> Any:
             x, row, keys, m, total, out = args
-            code = _Code(builder)
+            code = Code(builder)
             highest = _finite(code, code.load(m, 0))
 
             def one(step: Any, values: list[Any]) -> list[Any]:
@@ -213,17 +215,17 @@ def _column_exp(pairs: bool) -> Any:
                 return [builder.fadd(values[0], value)]
 
             def two(step: Any, values: list[Any]) -> list[Any]:
-                place = builder.mul(builder.shl(step, _I64(1)), row)
+                place = builder.mul(builder.shl(step, I64(1)), row)
                 low = code.exp2(builder.fsub(code.load(x, place), highest))
                 high = code.exp2(builder.fsub(code.load(x, builder.add(place, row)), highest))
                 lower = builder.lshr(code.bf16_bits(low), code.ints(16))
                 code.store(builder.or_(lower, code.bf16_bits(high)), out, builder.mul(step, row))
                 return [builder.fadd(values[0], builder.fadd(low, high))]
 
-            steps = builder.ashr(keys, _I64(1)) if pairs else keys
+            steps = builder.ashr(keys, I64(1)) if pairs else keys
             (after,) = code.loop(steps, [code.load(total, 0)], two if pairs else one)
             code.store(after, total, 0)
-            return ir.Constant(_I64, 0)
+            return ir.Constant(I64, 0)
 
         return types.int64(x, row, keys, m, total, out), codegen
 

@@ -56,8 +56,9 @@ def flash_attention(
         return reference.flash_attention(q, k, v, cu_q, cu_k, causal, window, scale)
     out, lse = reference.empty_output(q)
     if cpu_tiles.takes(q):
-        out.zero_()
-        lse.fill_(float("-inf"))
+        if cu_q is not None:  # sequences without queries or without keys are left out
+            out.zero_()
+            lse.fill_(float("-inf"))
         cpu_tiles.forward(q, k, v, out, lse, _places(q, k, v, out, lse, cu_q, cu_k), None, causal, window, scale)
         return out, lse
     if _is_plain(q, k, cu_q, causal, window):

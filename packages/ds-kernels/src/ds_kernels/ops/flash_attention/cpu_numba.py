@@ -39,8 +39,8 @@ __all__ = ["BLOCK", "FIELDS", "forward"]
 
 BLOCK = 64
 """Keys of a block."""
-FIELDS = 8
-"""Numbers per sequence: first tile, first element of q, out, lse, k and v, number of queries and of keys."""
+FIELDS = 9
+"""Numbers per sequence: first tile, first element of q, out, lse, k and v, number of queries and of keys, row in the block table."""
 STRIP = 32
 """Rows come in multiples of what one tile product holds."""
 BF16 = 1
@@ -56,6 +56,17 @@ def _mask(s, first, keys, rows, scale, low, high):
         key = np.int32(first + i)
         for r in range(rows):
             row[r] = row[r] * scale if low[r] <= key < high[r] else np.float32(-np.inf)
+
+
+@njit(inline="never")
+def _interleave(to, values, dim, odd):
+    """Put 16-bit values into the lower halves (clearing the upper ones), or the upper halves."""
+    if odd:
+        for d in range(dim):
+            to[d] |= np.uint32(values[d]) << np.uint32(16)
+    else:
+        for d in range(dim):
+            to[d] = np.uint32(values[d])
 
 
 @njit(inline="never", fastmath=FASTMATH)
@@ -114,7 +125,7 @@ def forward(a):
     records = i64_array(a, 8, num * FIELDS + 1)
     qt = np.zeros(wide * most, np.float32)
     kb, vb = np.zeros(BLOCK * wide, np.float32), np.zeros(BLOCK * wide, np.float32)
-    qt16, kb16, vb16 = qt.view(np.uint16), kb.view(np.uint16), vb.view(np.uint16)
+    qt16, kb16, vb32 = qt.view(np.uint16), kb.view(np.uint16), vb.view(np.uint32)
     s, o = np.empty(BLOCK * most, np.float32), np.empty(wide * most, np.float32)
     m, sums, by = np.empty(most, np.float32), np.empty(most, np.float32), np.empty(most, np.float32)
     low, high = np.empty(most, np.int32), np.empty(most, np.int32)
@@ -134,7 +145,7 @@ def forward(a):
         used = count * group
         rows = (used + STRIP - 1) // STRIP * STRIP
         if a[27] != 0:
-            table = i32_array(a, 9, (index + 1) * a[30])[index * a[30] :]
+            table = i32_array(a, 9, (record[8] + 1) * a[30])[record[8] * a[30] :]
         # queries across the lanes, and the keys [low, high) that each sees
         qt[: wide * rows] = np.float32(0.0)
         for r in range(rows):
@@ -170,19 +181,15 @@ def forward(a):
                 v_at = _place(a, start + i, record[5], a[22], a[23], a[29], head, table)
                 if pairs:
                     kb16[i * wide : i * wide + dim] = u16_array(a, 4, k_at + dim)[k_at:]
-                    halves = vb16[(i // 2) * 2 * wide + i % 2 :]
-                    values = u16_array(a, 5, v_at + dim)[v_at:]
-                    for d in range(dim):
-                        halves[2 * d] = values[d]
+                    _interleave(vb32[(i // 2) * wide :], u16_array(a, 5, v_at + dim)[v_at:], dim, i % 2)
                 else:
                     load(a, 4, code, k_at, dim, kb[i * wide : i * wide + dim])
                     load(a, 5, code, v_at, dim, vb[i * wide : i * wide + dim])
             if keys < height:  # what is left of earlier blocks must not be NaN: its weight is zero
                 for i in range(keys, height):
                     if pairs:
-                        halves = vb16[(i // 2) * 2 * wide + i % 2 :]
-                        for d in range(dim):
-                            halves[2 * d] = np.uint16(0)
+                        if i % 2 == 0:
+                            vb32[(i // 2) * wide : (i // 2 + 1) * wide] = np.uint32(0)
                     else:
                         vb[i * wide : i * wide + dim] = np.float32(0.0)
             s[: height * rows] = np.float32(0.0)

@@ -11,7 +11,7 @@ from torch import Tensor
 from ds_kernels._cpu.dtypes import CODES
 from ds_kernels._cpu.launch import HAS_NUMBA, launch
 
-__all__ = ["Pages", "SequencePlace", "forward", "takes"]
+__all__ = ["SequencePlace", "forward", "takes"]
 
 TILE = 64
 """Rows of a tile that are aimed at: queries times the heads of a group."""
@@ -24,7 +24,7 @@ def takes(q: Tensor) -> bool:
 
 @dataclasses.dataclass(frozen=True)
 class SequencePlace:
-    """Where a sequence begins, in elements from the start of each tensor, and how long it is."""
+    """Where a sequence begins, in elements from the start of each tensor, how long it is, its row in a block table."""
 
     q: int
     out: int
@@ -33,23 +33,17 @@ class SequencePlace:
     v: int
     q_len: int
     k_len: int
-
-
-@dataclasses.dataclass(frozen=True)
-class Pages:
-    """A paged cache's block table [sequences, pages] int32, contiguous."""
-
-    table: Tensor
+    table: int = 0
 
 
 def forward(
     q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
-    places: Sequence[SequencePlace], pages: Pages | None, causal: bool, window: int, scale: float,
+    places: Sequence[SequencePlace], table: Tensor | None, causal: bool, window: int, scale: float,
 ) -> bool:  # fmt: skip
     """Write out and lse of every sequence; False where a block table names a page that is not in the cache.
 
-    q and out [batch, heads, len, dim], lse [batch, heads, len]; k and v [batch, kv_heads, k_len, dim], or with pages
-    [pages, kv_heads, page_size, dim]; last dimensions contiguous.
+    q and out [batch, heads, len, dim], lse [batch, heads, len]; k and v [batch, kv_heads, k_len, dim], or with a block
+    table (int32, contiguous) [pages, kv_heads, page_size, dim]; last dimensions contiguous.
     """
     from ds_kernels.ops.flash_attention.cpu_numba import FIELDS, forward
 
@@ -58,16 +52,17 @@ def forward(
     records, tiles = [], 0
     for place in places:
         records += [tiles, place.q, place.out, place.lse, place.k, place.v, place.q_len, place.k_len]
+        records.append(place.table)
         tiles += kv_heads * -(-place.q_len // width)
     if not tiles:
         return True
     assert len(records) == FIELDS * len(places)
     described = torch.tensor([*records, 0])
     launch(
-        forward, q, k, v, out, lse, described, 0 if pages is None else pages.table,
+        forward, q, k, v, out, lse, described, 0 if table is None else table,
         len(places), heads, kv_heads, dim, CODES[q.dtype], int(causal), window, float(scale),
         q.stride(1), q.stride(2), k.stride(1), k.stride(2), v.stride(1), v.stride(2), out.stride(1), out.stride(2),
-        lse.stride(1), 0 if pages is None else k.shape[2], k.stride(0), v.stride(0),
-        0 if pages is None else pages.table.stride(0), width, k.shape[0], items=tiles,
+        lse.stride(1), 0 if table is None else k.shape[2], k.stride(0), v.stride(0),
+        0 if table is None else table.stride(0), width, k.shape[0], items=tiles,
     )  # fmt: skip
     return int(described[-1]) == 0
