@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
+from zero_piecewise import Whole
 
 import ds_comm
 import ds_zero
@@ -239,6 +240,10 @@ OPTIMIZERS: Optimizers = {
 }
 
 
+PIECEWISE: Optimizers = {"whole": lambda ps: Whole(ps)}
+"""Not elementwise: these have no flat counterpart in plain torch."""
+
+
 def build(name: str, seed: int = 0) -> Net:
     torch.manual_seed(seed)
     return ZOO[name]()
@@ -294,7 +299,7 @@ def train(
     settings = zero_config(stage, gradient_accumulation_steps=share if announce else 1, **config)
     with ds_zero.Init(config=settings, enabled=init):
         model = build(name)
-    model, zero = ds_zero.shard(model, OPTIMIZERS[optimizer](groups_of(model, grouped)), config=settings)
+    model, zero = ds_zero.shard(model, (OPTIMIZERS | PIECEWISE)[optimizer](groups_of(model, grouped)), config=settings)
     assert zero is not None
     scheduler = torch.optim.lr_scheduler.ExponentialLR(zero.optimizer, 0.7) if schedule else None
     losses, norms = [], []

@@ -1,5 +1,7 @@
 """ds_zero: shard any torch model and any elementwise torch optimizer over ranks (ZeRO stages 0-3).
 
+Optimizers that need more than elements (LAMB's norms, Muon's matrices) offer `PiecewiseOptimizer`.
+
     model, optimizer = ds_zero.shard(model, torch.optim.AdamW(model.parameters()), config=ZeroConfig(stage=3))
 
 A stage is a layout, never another algorithm: every stage gives the same bits on the same ranks.
@@ -35,6 +37,7 @@ from ds_zero.errors import CheckpointError, LayoutError, NonFiniteGradientError,
 from ds_zero.init import GatheredParameters, Init, register_external_parameter, unregister_external_parameter
 from ds_zero.layout import ShardMap, plan_shard_map
 from ds_zero.optimizer import ZeroOptimizer
+from ds_zero.pieces import OptimizerPiece, OptimizerSlot, PieceBatch, PiecewiseOptimizer
 from ds_zero.shard import shard, sharded_of
 from ds_zero.sharded import ShardedModel
 
@@ -46,6 +49,10 @@ __all__ = [
     "LossScaleConfig",
     "MemoryCost",
     "NonFiniteGradientError",
+    "OptimizerPiece",
+    "OptimizerSlot",
+    "PieceBatch",
+    "PiecewiseOptimizer",
     "ShardMap",
     "ShardedModel",
     "StepCost",

@@ -4,12 +4,13 @@ Each (unit, optimizer group) pair that this rank holds is one *segment*: a conti
 the group's parameters in `optimizer.param_groups` (the group dicts stay the user's own objects, so schedulers keep
 working). Elementwise optimizers cannot tell the difference.
 
-Two ways to step, one result per optimizer:
+Three ways to step, one result per optimizer:
     fused    torch's fused Adam/AdamW kernel, driven in cache-sized chunks: cast gradient, update, cast parameter, in
              one pass over memory. Taken for torch.optim.Adam/AdamW unless `foreach=True` or `fused=False` was asked
              for (`fused=None` leaves the choice to us), and for classes that say `steps_as_torch_adam = True`.
     generic  any other elementwise optimizer: `optimizer.step()` over segments, at most `sub_group_size` elements at a
              time, so that their fp32 gradients exist only briefly.
+    pieces   an optimizer that asks for it (`pieces.PiecewiseOptimizer`): unit by unit, each parameter for itself.
 """
 
 from __future__ import annotations
@@ -25,8 +26,10 @@ from torch.optim import Adagrad, Adam, AdamW, Optimizer
 
 import ds_comm.kernels
 from ds_zero._flat import FlatMemory, trim_heap
+from ds_zero._pieces import UnitBatch
 from ds_zero._unit import Unit
 from ds_zero.errors import LayoutError
+from ds_zero.pieces import OptimizerPiece, OptimizerSlot, PiecewiseOptimizer
 from ds_zero.state import MASTER, StateSegment
 
 __all__ = ["InnerOptimizer", "MasterSegment"]
@@ -72,6 +75,10 @@ class InnerOptimizer:
         self.sub_group_size = sub_group_size
         self._units = list(units)
         self.segments = list(_segments(units))
+        self._keys = {
+            parameter: key
+            for key, parameter in enumerate(p for group in optimizer.param_groups for p in group["params"])
+        }
         for index, group in enumerate(optimizer.param_groups):
             group["params"] = [segment.parameter for segment in self.segments if segment.group == index]
         optimizer.state.clear()
@@ -114,6 +121,9 @@ class InnerOptimizer:
                     self._fused_step(segments.popleft(), coefficient)
                 publish(unit)
             self.optimizer._opt_called = True  # type: ignore[attr-defined]  # what torch's schedulers look for
+        elif isinstance(self.optimizer, PiecewiseOptimizer):
+            self.optimizer.step_pieces(self._batches(self.optimizer, coefficient, publish))
+            self.optimizer._opt_called = True  # type: ignore[attr-defined]
         else:
             for tile in self._tiles():
                 self._generic_step(tile, coefficient)
@@ -189,11 +199,47 @@ class InnerOptimizer:
         scaled = self._scratch[: grad.numel()].copy_(grad)
         return scaled if coefficient == 1.0 else scaled.mul_(coefficient)
 
+    # -- pieces --------------------------------------------------------------------------------------------------
+
+    def _batches(
+        self, optimizer: PiecewiseOptimizer, coefficient: float, publish: Callable[[Unit], None]
+    ) -> Iterator[UnitBatch]:
+        """Every unit as a batch; it is published when the optimizer asks for the next."""
+        segments = collections.deque(self.segments)
+        for unit in self._units:
+            pieces: list[OptimizerPiece] = []
+            while segments and segments[0].unit is unit:
+                pieces += self._pieces(optimizer, segments.popleft())
+            slots = tuple(
+                OptimizerSlot(self._keys[parameter], slot.name, slot.shape, self.optimizer.param_groups[slot.group])
+                for slot, parameter in zip(unit.layout.slots, unit.parameters, strict=True)
+            )
+            yield UnitBatch(unit, slots, tuple(pieces), coefficient)
+            publish(unit)
+
+    def _pieces(self, optimizer: PiecewiseOptimizer, segment: MasterSegment) -> Iterator[OptimizerPiece]:
+        unit, shape = segment.unit, segment.parameter.shape
+        state = optimizer.begin_step(segment.parameter, self.group_of(segment))
+        numbers = {slot.name: index for index, slot in enumerate(unit.layout.slots)}
+        own = None if unit.master is unit.storage.own else unit.storage.own
+        for piece in unit.layout.pieces(unit.start, unit.stop):
+            if piece.slot.group != segment.group:
+                continue
+            low = piece.offset - segment.offset
+            part = slice(low, low + piece.numel)
+            cut = {k: v[part] if isinstance(v, Tensor) and v.shape == shape else v for k, v in state.items()}
+            out = None if own is None else own[piece.offset : piece.offset + piece.numel]
+            master, grad = segment.parameter.data[part], unit.grad_of(piece)
+            yield OptimizerPiece(numbers[piece.slot.name], piece.start, master, grad, out, cut)
+
     # -- state ---------------------------------------------------------------------------------------------------
 
     def allocate_all(self, keys: dict[str, torch.dtype]) -> None:
         """Create the state of every segment that a load will fill: what Adam has, and the named tensors."""
         for segment in self.segments:
+            if isinstance(self.optimizer, PiecewiseOptimizer):  # it knows better than what is stored
+                self.optimizer.allocate(segment.parameter, self.group_of(segment))
+                continue
             if self.fused:
                 self.allocate(segment)
             for key, dtype in keys.items():

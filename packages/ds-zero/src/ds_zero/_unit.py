@@ -29,7 +29,7 @@ from ds_zero._flat import FlatMemory
 from ds_zero._param import mark_gathered, mark_released
 from ds_zero._storage import ParamStorage, ReplicatedStorage, ShardedStorage
 from ds_zero.errors import ZeroStateError
-from ds_zero.layout import ALIGNMENT, ParamSlot, ShardMap, UnitLayout
+from ds_zero.layout import ALIGNMENT, ParamSlot, Piece, ShardMap, UnitLayout
 
 __all__ = ["GradKind", "Unit", "UnitStatus", "copy_changed"]
 
@@ -248,6 +248,16 @@ class Unit:
                 rest = torch.zeros(ALIGNMENT, dtype=flat.dtype)
                 rest[: piece.numel - whole].copy_(flat[whole:])
                 yield piece.offset + whole, rest
+
+    def grad_of(self, piece: Piece) -> Tensor:
+        """The gradient of one piece of the own range, 1-D; read only."""
+        if self._loose is None:
+            assert self._grad is not None
+            return self._grad[piece.offset : piece.offset + piece.numel]
+        grad = self._loose[self._index[piece.slot.name]]
+        if grad is None:
+            return torch.zeros(piece.numel, dtype=self.storage.full.dtype, device=self.device)
+        return grad.reshape(-1)[piece.start : piece.stop]
 
     @property
     def complete(self) -> bool:

@@ -32,13 +32,19 @@ def _get(pointer, offsets, mask):
 
 @triton.jit
 def _put(pointer, offsets, mask, value, seed, STOCHASTIC: tl.constexpr):
-    if STOCHASTIC and pointer.dtype.element_ty == tl.bfloat16:
-        h = offsets.to(tl.uint32) * 0x9E3779B9 + seed.to(tl.uint32)
-        h = (h ^ (h >> 16)) * 0x7FEB352D
-        h = (h ^ (h >> 15)) * 0x846CA68B
-        h = h ^ (h >> 16)
-        bits = (value.to(tl.uint32, bitcast=True) + (h & 0xFFFF)) & 0xFFFF0000
-        value = tl.where(value != value, value, bits.to(tl.float32, bitcast=True))
+    if pointer.dtype.element_ty == tl.bfloat16:
+        # rounded by hand, so that every backend (the interpreter's cast truncates) gives the same bits
+        bits = value.to(tl.uint32, bitcast=True)
+        if STOCHASTIC:
+            h = offsets.to(tl.uint32) * 0x9E3779B9 + seed.to(tl.uint32)
+            h = (h ^ (h >> 16)) * 0x7FEB352D
+            h = (h ^ (h >> 15)) * 0x846CA68B
+            h = h ^ (h >> 16)
+            bits = bits + (h & 0xFFFF)
+        else:
+            bits = bits + 0x7FFF + ((bits >> 16) & 1)
+        rounded = (bits & 0xFFFF0000).to(tl.float32, bitcast=True)
+        value = tl.where(value != value, value, rounded)
     tl.store(pointer + offsets, value.to(pointer.dtype.element_ty), mask)
 
 

@@ -218,7 +218,9 @@ def compare(
     stored_names = checkpoint.manifest.names()
     found = _Differences()
     used: set[str] = set()
-    wanted_keys = {key for target in targets for key in target.tensors} - set(_VALUES)
+    wanted: dict[int, set[str]] = {}
+    for target in targets:  # a group's parameters have the same states, another group's may have others
+        wanted.setdefault(target.group, set()).update(key for key in target.tensors if key not in _VALUES)
     for unit in shard_map.units:
         for slot in unit.slots:
             name = _stored_name(slot, stored_names)
@@ -230,7 +232,7 @@ def compare(
             param = checkpoint.manifest.params[name]
             if param.shape != slot.shape:
                 found.mismatched.append(f"{slot.name} {list(param.shape)} (the model's is {list(slot.shape)})")
-            elif wanted_keys and unit.trainable and not weights_only:
+            elif unit.trainable and not weights_only and (wanted_keys := wanted.get(slot.group)):
                 stored_keys = set(param.keys) - set(_VALUES)
                 found.missing.extend(f"{slot.name}[{key}]" for key in sorted(wanted_keys - stored_keys))
                 found.unexpected.extend(f"{slot.name}[{key}]" for key in sorted(stored_keys - wanted_keys))
