@@ -15,6 +15,8 @@ from ds_kernels.__about__ import __version__
 if TYPE_CHECKING:
     from ds_kernels._dispatch import BACKENDS, HAS_TRITON, available_backends, use_backend
     from ds_kernels.errors import BackendError, KernelArgumentError, PatchError
+    from ds_kernels.ops.bias_dropout_residual import bias_dropout_residual
+    from ds_kernels.ops.bias_gelu import bias_gelu
     from ds_kernels.ops.cross_entropy import cross_entropy
     from ds_kernels.ops.flash_attention import flash_attention
     from ds_kernels.ops.glu import geglu, swiglu
@@ -22,14 +24,19 @@ if TYPE_CHECKING:
     from ds_kernels.ops.layer_norm import layer_norm
     from ds_kernels.ops.linear import QuantizedWeight, linear, quantize_weight
     from ds_kernels.ops.linear_cross_entropy import linear_cross_entropy
+    from ds_kernels.ops.moe_dispatch import moe_combine, moe_dispatch
+    from ds_kernels.ops.moe_gating import Routing, moe_capacity, moe_gate
     from ds_kernels.ops.paged_attention import paged_attention, write_kv
     from ds_kernels.ops.rms_norm import rms_norm
     from ds_kernels.ops.rope import rope
+    from ds_kernels.ops.softmax import softmax
     from ds_kernels.patch import Applied, apply_kernels
 
 _NAMES = {
     "_dispatch": ("BACKENDS", "HAS_TRITON", "available_backends", "use_backend"),
     "errors": ("BackendError", "KernelArgumentError", "PatchError"),
+    "ops.bias_dropout_residual": ("bias_dropout_residual",),
+    "ops.bias_gelu": ("bias_gelu",),
     "ops.cross_entropy": ("cross_entropy",),
     "ops.flash_attention": ("flash_attention",),
     "ops.glu": ("geglu", "swiglu"),
@@ -40,11 +47,26 @@ _NAMES = {
     "ops.paged_attention": ("paged_attention", "write_kv"),
     "ops.rms_norm": ("rms_norm",),
     "ops.rope": ("rope",),
+    "ops.softmax": ("softmax",),
     "patch": ("Applied", "apply_kernels"),
+    "ops.moe_dispatch": (
+        "moe_combine",
+        "moe_dispatch",
+    ),
+    "ops.moe_gating": (
+        "Routing",
+        "moe_capacity",
+        "moe_gate",
+    ),
 }
 _HOMES = {name: module for module, names in _NAMES.items() for name in names}
 
 __all__ = [
+    "moe_gate",
+    "moe_capacity",
+    "Routing",
+    "moe_dispatch",
+    "moe_combine",
     "BACKENDS",
     "HAS_TRITON",
     "Applied",
@@ -55,6 +77,8 @@ __all__ = [
     "__version__",
     "apply_kernels",
     "available_backends",
+    "bias_dropout_residual",
+    "bias_gelu",
     "cross_entropy",
     "flash_attention",
     "geglu",
@@ -66,6 +90,7 @@ __all__ = [
     "quantize_weight",
     "rms_norm",
     "rope",
+    "softmax",
     "swiglu",
     "use_backend",
     "write_kv",
