@@ -200,7 +200,7 @@ SUPPORT: Mapping[str, Support] = MappingProxyType(
         "checkpoint.parallel_write.*": Support("no-op", "every rank writes its own shard"),
         "checkpoint.checkpoint_serialization": Support("no-op", "shards are safetensors, never torch's zip files"),
         "checkpoint.writer.*": Support(
-            "no-op", "there is one writer: it copies at once and makes files durable in the background"
+            "no-op", "there is one writer: it works in the background"
         ),
         "comms_logger.*": Support("works"),
         "flops_profiler.*": Support("unsupported", "comes with the profilers"),
