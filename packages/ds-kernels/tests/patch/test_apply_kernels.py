@@ -35,9 +35,12 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "bert": ("BertForMaskedLM", BERT_SIZES),
 }
 REPLACED = {
-    **{name: {"norm": 5, "mlp": 2, "rope": 2, "loss": 1} for name in ("llama", "qwen2", "mistral", "gemma")},
-    "qwen3": {"norm": 9, "mlp": 2, "rope": 2, "loss": 1},
-    "gpt2": {"mlp": 2, "loss": 1},
+    **{
+        name: {"norm": 5, "mlp": 2, "rope": 2, "attention": 2, "loss": 1}
+        for name in ("llama", "qwen2", "mistral", "gemma")
+    },
+    "qwen3": {"norm": 9, "mlp": 2, "rope": 2, "attention": 2, "loss": 1},
+    "gpt2": {"mlp": 2, "attention": 2, "loss": 1},
     "bert": {"loss": 1},
 }
 
@@ -115,6 +118,19 @@ def test_evaluation_and_generation_have_logits(family: str) -> None:
         assert all(torch.equal(tokens, plain) for tokens in found)
 
 
+@pytest.mark.parametrize("family", ["llama", "qwen2", "mistral", "gpt2"])
+def test_a_training_step_without_padding(family: str) -> None:
+    """No mask: attention runs in flash_attention (but for Mistral, whose window of 5 needs one)."""
+    inputs = {name: value for name, value in batch(family).items() if name != "attention_mask"}
+    model = build(family)
+    loss, grads = step(model, inputs)
+    with apply_kernels(model):
+        new_loss, new_grads = step(model, inputs)
+    close(new_loss, loss, 2e-6, "loss")
+    for name, grad in grads.items():
+        close(new_grads[name], grad, 2e-5, name)
+
+
 def test_undo_restores_every_module() -> None:
     model = build("llama")
     names = list(model.state_dict())
@@ -159,7 +175,7 @@ def test_only_some_kernels_and_the_report() -> None:
         assert applied.replaced == {"norm": [name for name, _ in model.named_modules() if name.endswith("norm")]}
         assert str(applied) == "LlamaForCausalLM: norm in 5 modules"
         assert model(**batch("llama")).logits is not None
-    with pytest.raises(KernelArgumentError, match="only holds 'norms'; known are norm, mlp, rope, loss"):
+    with pytest.raises(KernelArgumentError, match="only holds 'norms'; known are norm, mlp, rope, attention, loss"):
         apply_kernels(model, only=("norms",))
 
 
@@ -194,7 +210,7 @@ def test_unknown_models_and_unfit_modules() -> None:
     assert applied.skipped["model.layers.0.mlp"] == "its activation is ReLU; known are silu and gelu"
     assert "head is a Sequential" in applied.skipped[""]
     assert applied.skipped["model.norm"] == "it has a forward of its own"
-    assert set(applied.replaced) == {"norm", "rope"}
+    assert set(applied.replaced) == {"norm", "rope", "attention"}
 
 
 def test_subclasses_of_users_are_left_alone() -> None:

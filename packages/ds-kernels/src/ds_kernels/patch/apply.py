@@ -22,7 +22,7 @@ from ds_kernels.patch.rules import Family, Rule
 __all__ = ["FAMILIES", "KERNELS", "Applied", "apply_kernels"]
 
 FAMILIES = ("llama", "qwen2", "qwen3", "mistral", "gemma", "gpt2", "bert")
-KERNELS = ("norm", "mlp", "rope", "loss")
+KERNELS = ("norm", "mlp", "rope", "attention", "loss")
 
 
 @dataclasses.dataclass
@@ -70,19 +70,18 @@ class Applied:
         left = f"; {len(self.skipped)} left alone ({'; '.join(reasons)})" if reasons else ""
         return f"{type(self.model).__name__}: {', '.join(parts) or 'nothing replaced'}{left}"
 
-    def _put(self, kernel: str, name: str, module: Any, forward: Callable[..., Any]) -> None:
+    def _put(self, name: str, module: Any, forward: Callable[..., Any]) -> None:
         bound = types.MethodType(forward, module)
         module.forward = bound
         self._patches.append((name, module, bound))
-        if kernel:
-            self.replaced.setdefault(kernel, []).append(name)
 
 
 def apply_kernels(model: nn.Module, *, only: Collection[str] = KERNELS) -> Applied:
     """Replace what is known in a Hugging Face model by this package's kernels, in place.
 
-    Known are the norms, gated MLPs, rotary embeddings and language-model losses of Llama (and what uses its classes,
-    such as SmolLM), Qwen2, Qwen3, Mistral and Gemma; the activation and loss of GPT-2; the masked loss of BERT.
+    Known are the norms, gated MLPs, rotary embeddings, attention and language-model losses of Llama (and what uses its
+    classes, such as SmolLM), Qwen2, Qwen3, Mistral and Gemma; activation, attention and loss of GPT-2; the masked loss
+    of BERT. Attention is replaced where the model's implementation is "sdpa", for calls without mask and dropout.
     Results stay within the rounding of the model's dtype: an fp32 model's to about 1e-6 of their size; in 16 bits some
     intermediate roundings are left out.
 
@@ -91,7 +90,7 @@ def apply_kernels(model: nn.Module, *, only: Collection[str] = KERNELS) -> Appli
 
     Args:
         model: a model, or any module that holds parts of one.
-        only: which kernels: "norm", "mlp", "rope", "loss".
+        only: which kernels: "norm", "mlp", "rope", "attention", "loss".
 
     Returns:
         What was replaced, what was not and why; `undo()` restores the model, and so does leaving it as a context.
@@ -113,33 +112,45 @@ def apply_kernels(model: nn.Module, *, only: Collection[str] = KERNELS) -> Appli
         if _is_ours(vars(module).get("forward")):
             raise PatchError(f"apply_kernels: applied to {name or 'the model'!r} already; undo that first")
     applied = Applied(model)
-    for name, module, rule in found:
-        if rule.kernel not in only:
-            continue
-        reason = "it has a forward of its own" if "forward" in vars(module) else rule.unfit(module)
-        if reason is not None:
-            applied.skipped[name] = reason
-            continue
-        applied._put(rule.kernel, name, module, rule.make(module, type(module).forward))
-        if rule.kernel == "loss":
-            applied._put("", f"{name}.head", module.get_output_embeddings(), head_forward)
+    for name, module, rules in found:
+        _apply(applied, name, module, [rule for rule in rules if rule.kernel in only])
     return applied
+
+
+def _apply(applied: Applied, name: str, module: Any, rules: list[Rule]) -> None:
+    """Apply those of a module's rules that fit it."""
+    fitting = []
+    for rule in rules:
+        reason = "it has a forward of its own" if "forward" in vars(module) else rule.unfit(module)
+        if reason is None:
+            fitting.append(rule)
+        else:
+            applied.skipped[name] = reason
+    if not fitting:
+        return
+    forward = type(module).forward
+    for rule in fitting:
+        forward = rule.make(module, forward)
+        applied.replaced.setdefault(rule.kernel, []).append(name)
+    applied._put(name, module, forward)
+    if any(rule.kernel == "loss" for rule in fitting):
+        applied._put(f"{name}.head", module.get_output_embeddings(), head_forward)
 
 
 def _is_ours(forward: Any) -> bool:
     return getattr(forward, "__module__", "").startswith(__package__ or "ds_kernels.patch")
 
 
-def _matches(model: nn.Module) -> list[tuple[str, Any, Rule]]:
-    """`(name, module, rule)` of every module that a family knows; family files are imported only if needed."""
-    found: list[tuple[str, Any, Rule]] = []
+def _matches(model: nn.Module) -> list[tuple[str, Any, list[Rule]]]:
+    """`(name, module, rules)` of every module that a family knows; family files are imported only if needed."""
+    found: list[tuple[str, Any, list[Rule]]] = []
     for name, module in model.named_modules():
         package, _, rest = type(module).__module__.partition("transformers.models.")
         family = rest.partition(".")[0]
         if package or family not in FAMILIES:
             continue
-        rules: Family = importlib.import_module(f"ds_kernels.patch.families.{family}").FAMILY
-        rule = rules.rule_for(module)
-        if rule is not None:
-            found.append((name, module, rule))
+        known: Family = importlib.import_module(f"ds_kernels.patch.families.{family}").FAMILY
+        rules = known.rules_for(module)
+        if rules:
+            found.append((name, module, rules))
     return found

@@ -23,12 +23,12 @@ def always(_module: Any) -> str | None:
 
 @dataclasses.dataclass(frozen=True)
 class Rule:
-    """One class and what takes the place of its forward.
+    """One class and what takes the place of its forward; several rules for one class apply one after the other.
 
     Attributes:
-        kernel: what it is called in reports and in `only`: "norm", "mlp", "rope", "loss".
+        kernel: what it is called in reports and in `only`: "norm", "mlp", "rope", "attention", "loss".
         class_name: of the module, in the family's modeling file.
-        make: `(module, original) -> forward`: this module's new method, unbound, from the one of its class.
+        make: `(module, forward) -> forward`: this module's new method, unbound, from the one it has so far.
         unfit: `(module) -> why not`, None if the new forward fits.
     """
 
@@ -45,9 +45,9 @@ class Family:
     name: str
     rules: Sequence[Rule]
 
-    def rule_for(self, module: Any) -> Rule | None:
-        """The rule of a module's class, if there is one."""
+    def rules_for(self, module: Any) -> list[Rule]:
+        """The rules of a module's class; none for a class that is not known."""
         kind = type(module)
         if kind.__module__ != f"transformers.models.{self.name}.modeling_{self.name}":
-            return None
-        return next((rule for rule in self.rules if rule.class_name == kind.__name__), None)
+            return []
+        return [rule for rule in self.rules if rule.class_name == kind.__name__]

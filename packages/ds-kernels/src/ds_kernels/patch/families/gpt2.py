@@ -1,4 +1,4 @@
-"""GPT-2: its gelu, eight passes in transformers, in one; the loss."""
+"""GPT-2: its gelu, eight passes in transformers, in one; attention; the loss."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 from torch.nn import functional
 
-from ds_kernels.patch.forwards import activation
+from ds_kernels.patch.forwards import activation, flash_interface, no_interface
 from ds_kernels.patch.losses import causal_lm, causal_unfit
 from ds_kernels.patch.rules import Family, Rule
 
@@ -36,6 +36,7 @@ FAMILY = Family(
     "gpt2",
     (
         Rule("mlp", "GPT2MLP", _mlp, _not_gelu),
+        Rule("attention", "GPT2Attention", flash_interface, no_interface),
         Rule("loss", "GPT2LMHeadModel", causal_lm("transformer", "CausalLMOutputWithCrossAttentions"), causal_unfit),
     ),
 )
