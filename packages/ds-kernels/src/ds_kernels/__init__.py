@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from ds_kernels.ops.rope import rope
     from ds_kernels.ops.softmax import softmax
     from ds_kernels.patch import Applied, apply_kernels
+    from ds_kernels.transformer import DeepSpeedTransformerConfig, DeepSpeedTransformerLayer
 
 _NAMES = {
     "_dispatch": ("BACKENDS", "HAS_TRITON", "available_backends", "use_backend"),
@@ -58,10 +59,16 @@ _NAMES = {
         "moe_capacity",
         "moe_gate",
     ),
+    "transformer": (
+        "DeepSpeedTransformerConfig",
+        "DeepSpeedTransformerLayer",
+    ),
 }
 _HOMES = {name: module for module, names in _NAMES.items() for name in names}
 
 __all__ = [
+    "DeepSpeedTransformerLayer",
+    "DeepSpeedTransformerConfig",
     "moe_gate",
     "moe_capacity",
     "Routing",
