@@ -8,6 +8,7 @@ from torch import Tensor
 from ds_kernels._cpu.dtypes import CODES
 from ds_kernels._cpu.launch import HAS_NUMBA, launch
 from ds_kernels.ops.softmax import reference
+from ds_kernels.ops.softmax.mask import as_rows
 
 __all__ = ["softmax", "softmax_backward"]
 
@@ -51,18 +52,6 @@ def softmax_backward(grad: Tensor, y: Tensor, scale: float, causal: bool) -> Ten
         grain=_grain(cols),
     )  # fmt: skip
     return grad_x
-
-
-def as_rows(mask: Tensor, x: Tensor) -> Tensor:
-    """The mask broadcast to x as [outer, inner, rows, cols] with stride 1 in cols: a view, or a copy of what it is."""
-    if mask.shape[-1] != x.shape[-1]:
-        mask = mask.expand(*mask.shape[:-1], x.shape[-1])
-    if mask.stride(-1) != 1:
-        mask = mask.contiguous()
-    view = mask.expand(x.shape)
-    while view.dim() < 4:
-        view = view.unsqueeze(0)
-    return view.flatten(0, -4)
 
 
 def _grain(cols: int) -> int:
