@@ -212,14 +212,16 @@ class DeepSpeedTransformerLayer(nn.Module):
         if config.intermediate_size <= 0:
             self.config.intermediate_size = 4 * hidden
         inner = self.config.intermediate_size
-        shapes = {
-            "attn_qkvw": (3 * hidden, hidden), "attn_qkvb": (3 * hidden,), "attn_ow": (hidden, hidden),
-            "attn_ob": (hidden,), "attn_nw": (hidden,), "attn_nb": (hidden,), "inter_w": (inner, hidden),
-            "inter_b": (inner,), "output_w": (hidden, inner), "output_b": (hidden,), "norm_w": (hidden,),
-            "norm_b": (hidden,),
-        }  # fmt: skip
-        for name, shape in shapes.items():
-            self.register_parameter(name, nn.Parameter(torch.empty(shape)))
+
+        def empty(*shape: int) -> nn.Parameter:
+            return nn.Parameter(torch.empty(shape))
+
+        self.attn_qkvw, self.attn_qkvb = empty(3 * hidden, hidden), empty(3 * hidden)
+        self.attn_ow, self.attn_ob = empty(hidden, hidden), empty(hidden)
+        self.attn_nw, self.attn_nb = empty(hidden), empty(hidden)
+        self.inter_w, self.inter_b = empty(inner, hidden), empty(inner)
+        self.output_w, self.output_b = empty(hidden, inner), empty(hidden)
+        self.norm_w, self.norm_b = empty(hidden), empty(hidden)
         self.reset_parameters()
         if initial_weights is not None or initial_biases is not None:
             self._copy(initial_weights or (), initial_biases or ())
@@ -395,7 +397,7 @@ class _InvertibleNorm(torch.autograd.Function):
         return y
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         y, weight, bias, rstd = ctx.saved_tensors
         dtype = torch.float64 if y.dtype == torch.float64 else torch.float32
         wide, wide_grad = weight.to(dtype), grad.to(dtype)
