@@ -90,19 +90,26 @@ def _gomp_parallel() -> Any:
     return entry
 
 
+def _word(argument: Tensor | float) -> int:
+    """What stands for a tensor or a float in a slot."""
+    if isinstance(argument, Tensor):
+        return argument.data_ptr()
+    word: int = struct.unpack("q", struct.pack("d", argument))[0] if isinstance(argument, float) else int(argument)
+    return word
+
+
+@functools.cache
+def _slots(count: int) -> Any:
+    return ctypes.c_int64 * count
+
+
 def launch(function: Kernel, *args: Tensor | int | float, items: int, grain: int = 1) -> None:
     """Run a kernel over `items` work items, `grain` at a time, on up to `torch.get_num_threads()` threads.
 
     Tensors must be alive until it returns, contiguous as the kernel expects, and on the CPU: nothing is checked here.
     """
-    slots = (ctypes.c_int64 * (HEAD + len(args)))(0, items, grain)
-    for index, argument in enumerate(args, HEAD):
-        if isinstance(argument, Tensor):
-            slots[index] = argument.data_ptr()
-        elif isinstance(argument, float):
-            slots[index] = struct.unpack("q", struct.pack("d", argument))[0]
-        else:
-            slots[index] = argument
+    words = [argument if argument.__class__ is int else _word(argument) for argument in args]
+    slots = _slots(HEAD + len(words))(0, items, grain, *words)
     threads = min(torch.get_num_threads(), -(-items // grain))
     parallel = _gomp_parallel() if threads > 1 else None
     if parallel is None:

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import functools
+import importlib
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from ds_kernels._cpu.dtypes import CODES
 from ds_kernels._cpu.launch import HAS_NUMBA, launch
 from ds_kernels.ops.linear import reference
-from ds_kernels.ops.linear.weight import QuantizedWeight, middle
+from ds_kernels.ops.linear.weight import PANEL, QuantizedWeight, middle
 
 __all__ = ["FEW_ROWS", "linear", "linear_backward", "linear_bf16", "takes_bf16"]
 
@@ -25,17 +29,17 @@ WEIGHT_ROWS = {1: 8, 2: 4, 4: 4, 8: 2}
 def linear(x: Tensor, weight: QuantizedWeight, bias: Tensor | None, activation_bits: int | None) -> Tensor:
     """As the reference, with activations of 16 bits (24 for fp32) per group of columns: see `cpu_numba`."""
     code = CODES.get(x.dtype)
-    rows = x.numel() // weight.columns
-    if not HAS_NUMBA or code is None or (bias is not None and bias.dtype not in CODES):
+    bias_code = 0 if bias is None else CODES.get(bias.dtype)
+    if not HAS_NUMBA or code is None or bias_code is None:
         return _chunked(x, weight, bias, activation_bits)
-    y = x.new_empty((*x.shape[:-1], weight.outputs))
+    columns, depth, group, bits, outputs = weight.columns, weight.depth, weight.group_size, weight.bits, weight.outputs
+    rows = x.numel() // columns
+    y = torch.empty((*x.shape[:-1], outputs), dtype=x.dtype)
     if not rows:
         return y
-    from ds_kernels.ops.linear.cpu_numba import QUANTISED, pack_blocks
-
+    kernels = _kernels()
     planes = 1 if activation_bits == 8 else 3 if code == 0 else 2
     block = _block(rows)
-    columns, depth, group, bits = weight.columns, weight.depth, weight.group_size, weight.bits
     words: Tensor | int = 0
     facts: Tensor | int = 0
     if rows > block:
@@ -43,15 +47,23 @@ def linear(x: Tensor, weight: QuantizedWeight, bias: Tensor | None, activation_b
         words = torch.empty(blocks * block * planes * depth // 4, dtype=torch.int32)
         facts = torch.empty(blocks * block * (planes + 2) * -(-depth // group), dtype=torch.int32)
         launch(
-            pack_blocks, x, words, facts, rows, columns, depth, group, block, planes, middle(bits), code, items=blocks
+            kernels.pack_blocks, x, words, facts, rows, columns, depth, group, block, planes, middle(bits), code,
+            items=blocks,
         )  # fmt: skip
+    centre = weight.centre
     launch(
-        QUANTISED[bits, planes, int(weight.centre is not None)],
-        x, weight.codes, weight.scale, 0 if weight.centre is None else weight.centre, 0 if bias is None else bias, y,
-        words, facts, rows, weight.outputs, columns, depth, group, block, code, 0 if bias is None else CODES[bias.dtype],
-        items=weight.codes.shape[0], grain=max(1, GRAIN_NBYTES // (2 * bits * depth)) if rows <= block else 1,
+        kernels.QUANTISED[bits, planes, 0 if centre is None else 1], x, weight.codes, weight.scale,
+        0 if centre is None else centre, 0 if bias is None else bias, y, words, facts, rows, outputs, columns, depth,
+        group, block, code, bias_code,
+        items=-(-outputs // PANEL), grain=max(1, GRAIN_NBYTES // (2 * bits * depth)) if rows <= block else 1,
     )  # fmt: skip
     return y
+
+
+@functools.cache
+def _kernels() -> Any:
+    """The module of numba kernels, imported when it is first needed."""
+    return importlib.import_module("ds_kernels.ops.linear.cpu_numba")
 
 
 def linear_backward(grad: Tensor, weight: QuantizedWeight) -> Tensor:
@@ -82,7 +94,7 @@ def _block(rows: int) -> int:
     return 1 if rows <= 1 else 2 if rows <= 2 else 4 if rows <= 4 else 8
 
 
-def takes_bf16(x: Tensor, weight: Tensor) -> bool:
+def takes_bf16(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
     """Whether `linear_bf16` is for these: few rows of bf16, weights as torch's layers keep them."""
     return (
         HAS_NUMBA
@@ -90,20 +102,19 @@ def takes_bf16(x: Tensor, weight: Tensor) -> bool:
         and weight.dtype == torch.bfloat16
         and 0 < x.numel() <= FEW_ROWS * weight.shape[1]
         and weight.is_contiguous()
+        and (bias is None or (bias.dtype in CODES and bias.is_contiguous()))
     )
 
 
 def linear_bf16(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """x @ weight.T + bias for what `takes_bf16` takes: products of bf16, sums in fp32, rounded once."""
-    from ds_kernels.ops.linear.cpu_numba import BF16_ROWS
-
     outputs, columns = weight.shape
     rows = x.numel() // columns
-    y = x.new_empty((*x.shape[:-1], outputs))
+    y = torch.empty((*x.shape[:-1], outputs), dtype=x.dtype)
     block = _block(rows)
     weights = WEIGHT_ROWS[block]
     launch(
-        BF16_ROWS, x, weight, 0 if bias is None else bias, y, rows, outputs, columns, block, weights,
+        _kernels().BF16_ROWS, x, weight, 0 if bias is None else bias, y, rows, outputs, columns, block, weights,
         0 if bias is None else CODES[bias.dtype],
         items=-(-outputs // weights), grain=max(1, GRAIN_NBYTES // (2 * columns * weights)),
     )  # fmt: skip

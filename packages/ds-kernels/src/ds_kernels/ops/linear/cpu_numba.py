@@ -15,17 +15,28 @@ import numpy as np
 from numba import njit
 
 from ds_kernels._cpu.intrinsics import (
-    as_bits, as_float, bf16_to_f32, f32_array, f32_to_bf16, grain, i32_array, load, store, take, total, u16_array,
+    as_bits,
+    as_float,
+    bf16_to_f32,
+    f32_array,
+    f32_to_bf16,
+    grain,
+    i32_array,
+    load,
+    store,
+    take,
+    total,
+    u16_array,
     u32_array,
 )  # fmt: skip
 from ds_kernels._cpu.launch import FASTMATH, Kernel, kernel
-from ds_kernels.ops.linear.vector import LANES, panel_dot, rows_dot
+from ds_kernels.ops.linear.vector import LANES, panel_dot, rint, rows_dot
 
 __all__ = ["BF16_ROWS", "QUANTISED", "pack_blocks"]
 
 
 @njit(cache=True, fastmath=FASTMATH)
-def _pack_row(values, depth, group, block, row, planes, middle, words, ints, floats, digits):
+def _pack_row(values, depth, group, block, row, planes, middle, words, ints, floats, digits, octets):
     """Quantise one row of a block; see the module's text for the layout."""
     facts = block * (planes + 2)
     limit = np.float64(127.0 if planes == 1 else 32639.0 if planes == 2 else 32639.0 * 256)
@@ -43,24 +54,17 @@ def _pack_row(values, depth, group, block, row, planes, middle, words, ints, flo
             unit = np.float32(np.float64(1.0) / np.float64(inverse))
         whole = np.int64(0)
         for i in range(count):
-            digits[i] = np.int32(np.rint(part[i] * inverse))
+            digits[i] = np.int32(rint(np.float32(part[i] * inverse)))
         for plane in range(planes):
-            amount, last = np.int32(0), plane == planes - 1
-            target = words[(first // 4 * block + row) * planes + plane :]
-            if not last:
-                for i in range(count):
-                    amount += digits[i] - (((digits[i] + np.int32(128)) >> np.int32(8)) << np.int32(8))
-            else:
-                for i in range(count):
-                    amount += digits[i]
+            amount = np.int32(0)
+            for i in range(count):
+                low = np.int8(digits[i])
+                octets[i] = low
+                amount += np.int32(low)
+                digits[i] = (digits[i] - np.int32(low)) >> np.int32(8)
+            target, quads = words[(first // 4 * block + row) * planes + plane :], octets.view(np.uint32)
             for q in range(count // 4):
-                word = np.uint32(0)
-                for j in range(4):
-                    word |= (np.uint32(digits[4 * q + j]) & np.uint32(255)) << np.uint32(8 * j)
-                target[q * block * planes] = word
-            if not last:
-                for i in range(count):
-                    digits[i] = (digits[i] + np.int32(128)) >> np.int32(8)
+                target[q * block * planes] = quads[q]
             ints[g * facts + row * planes + plane] = np.int32(-middle * amount)
             whole += np.int64(amount) << np.int64(8 * plane)
         floats[g * facts + block * planes + row] = unit
@@ -70,7 +74,7 @@ def _pack_row(values, depth, group, block, row, planes, middle, words, ints, flo
 @njit(cache=True, fastmath=FASTMATH)
 def _pack_block(a, first, rows, block, planes, middle, columns, depth, group, code, words, ints, floats):
     """Pack activation rows [first, first + block); rows past the end are zeros."""
-    values, digits = np.empty(depth, np.float32), np.empty(group, np.int32)
+    values, digits, octets = np.empty(depth, np.float32), np.empty(group, np.int32), np.empty(group, np.int8)
     for i in range(columns, depth):
         values[i] = np.float32(0.0)
     for row in range(block):
@@ -79,7 +83,7 @@ def _pack_block(a, first, rows, block, planes, middle, columns, depth, group, co
         else:
             for i in range(columns):
                 values[i] = np.float32(0.0)
-        _pack_row(values, depth, group, block, row, planes, middle, words, ints, floats, digits)
+        _pack_row(values, depth, group, block, row, planes, middle, words, ints, floats, digits, octets)
 
 
 @kernel

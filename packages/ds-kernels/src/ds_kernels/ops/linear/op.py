@@ -17,9 +17,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ds_kernels._checks import FLOATS, check_device, check_dtype, require
+from ds_kernels._checks import FLOATS, check_device, check_dtype
 from ds_kernels._dispatch import backend_for
 from ds_kernels._op import Op
+from ds_kernels.errors import KernelArgumentError
 from ds_kernels.ops.linear import cpu, reference
 from ds_kernels.ops.linear.weight import QuantizedWeight
 
@@ -39,51 +40,73 @@ def linear(
 
     Returns:
         [..., outputs] of x's dtype; summed in fp32 (fp64 for fp64) and rounded once. On CPU, activations that meet
-        quantised weights are held to 2^-16 (fp32: 2^-24) of the largest in their row and group.
+        quantised weights are held to 2^-16 (fp32: 2^-24) of the largest in their row and group. Float weights go to
+        torch's own product, except few rows (up to 8) of bf16 on CPU.
         Gradients: to x always, to a float weight and to the bias; a quantised weight is constant.
 
     Raises:
         KernelArgumentError: shapes, dtypes or devices that do not fit, activation_bits not None or 8.
     """
-    _check(x, weight, bias, activation_bits)
     if isinstance(weight, Tensor):
-        if x.device.type == "cpu" and cpu.takes_bf16(x, weight) and backend_for(x) == "cpu":
-            y: Tensor = _DENSE(x.contiguous(), weight, bias)
-            return y
-        return torch.nn.functional.linear(x, weight, None if bias is None else bias.to(x.dtype))
-    y = _QUANTISED(
-        x.contiguous(), weight.codes, weight.scale, weight.centre, bias, weight.bits, weight.group_size, weight.outputs,
-        activation_bits or 0,
-    )  # fmt: skip
-    return y
+        return _dense(x, weight, bias, activation_bits)
+    if activation_bits not in (None, 8):
+        raise KernelArgumentError(f"linear: activation_bits is {activation_bits}; supported are 8 and None")
+    _check(x, weight.codes, weight.outputs, weight.columns, bias)
+    if not x.is_contiguous():
+        x = x.contiguous()
+    if torch.compiler.is_compiling() or (
+        torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad))
+    ):
+        y: Tensor = _QUANTISED(
+            x, weight.codes, weight.scale, weight.centre, bias, weight.bits, weight.group_size, weight.outputs,
+            activation_bits or 0,
+        )  # fmt: skip
+        return y
+    return _run(x, weight, bias, activation_bits)
 
 
-def _check(x: Tensor, weight: Tensor | QuantizedWeight, bias: Tensor | None, activation_bits: int | None) -> None:
-    require(
-        activation_bits is None or activation_bits == 8,
-        f"linear: activation_bits is {activation_bits}; supported are 8 and None",
-    )
-    if isinstance(weight, Tensor):
-        require(weight.dim() == 2, f"linear: weight has shape {tuple(weight.shape)}; expected [outputs, columns]")
-        require(
-            weight.dtype == x.dtype, f"linear: weight is of dtype {weight.dtype}, x of {x.dtype}; expected the same"
-        )
-        require(activation_bits is None, "linear: activation_bits is for quantised weights; this weight is a tensor")
-        storage, (outputs, columns) = weight, weight.shape
-    else:
-        storage, (outputs, columns) = weight.codes, weight.shape
+def _dense(x: Tensor, weight: Tensor, bias: Tensor | None, activation_bits: int | None) -> Tensor:
+    """A float weight: our kernel for few rows of bf16 on CPU, torch's product for all else."""
+    if activation_bits is not None:
+        raise KernelArgumentError("linear: activation_bits is for quantised weights; this weight is a tensor")
+    if weight.dim() != 2:
+        raise KernelArgumentError(f"linear: weight has shape {tuple(weight.shape)}; expected [outputs, columns]")
+    if weight.dtype != x.dtype:
+        raise KernelArgumentError(f"linear: weight is of dtype {weight.dtype}, x of {x.dtype}; expected the same")
+    _check(x, weight, weight.shape[0], weight.shape[1], bias)
+    if x.device.type == "cpu" and cpu.takes_bf16(x, weight, bias) and backend_for(x) == "cpu":
+        y: Tensor = _DENSE(x.contiguous(), weight, bias)
+        return y
+    return torch.nn.functional.linear(x, weight, None if bias is None else bias.to(x.dtype))
+
+
+def _check(x: Tensor, weight: Tensor, outputs: int, columns: int, bias: Tensor | None) -> None:
     if x.dtype not in FLOATS:
         check_dtype("linear", "x", x)
-    require(
-        x.dim() > 0 and x.shape[-1] == columns,
-        f"linear: x has shape {tuple(x.shape)}; its last dimension must be {columns}, the weight's columns",
-    )
-    if storage.device != x.device:
-        check_device("linear", x, weight=storage)
+    if x.dim() == 0 or x.shape[-1] != columns:
+        raise KernelArgumentError(
+            f"linear: x has shape {tuple(x.shape)}; its last dimension must be {columns}, the weight's columns"
+        )
+    if weight.device != x.device:
+        check_device("linear", x, weight=weight)
     if bias is not None:
         check_dtype("linear", "bias", bias)
         check_device("linear", x, bias=bias)
-        require(bias.shape == (outputs,), f"linear: bias has shape {tuple(bias.shape)}; expected ({outputs},)")
+        if bias.shape != (outputs,):
+            raise KernelArgumentError(f"linear: bias has shape {tuple(bias.shape)}; expected ({outputs},)")
+
+
+def _run(x: Tensor, weight: QuantizedWeight, bias: Tensor | None, activation_bits: int | None) -> Tensor:
+    backend = backend_for(x)
+    if bias is not None:
+        bias = bias.contiguous()
+    if backend == "cpu":
+        return cpu.linear(x, weight, bias, activation_bits)
+    if backend == "triton":
+        from ds_kernels.ops.linear import triton
+
+        return triton.linear(x, weight, bias, activation_bits)
+    return reference.linear(x, weight, bias, activation_bits)
 
 
 def _forward(
@@ -91,16 +114,7 @@ def _forward(
     outputs: int, activation_bits: int,
 ) -> Tensor:  # fmt: skip
     weight = QuantizedWeight(codes, scale, centre, bits, group, outputs, x.shape[-1])
-    backend = backend_for(x)
-    if bias is not None:
-        bias = bias.contiguous()
-    if backend == "cpu":
-        return cpu.linear(x, weight, bias, activation_bits or None)
-    if backend == "triton":
-        from ds_kernels.ops.linear import triton
-
-        return triton.linear(x, weight, bias, activation_bits or None)
-    return reference.linear(x, weight, bias, activation_bits or None)
+    return _run(x, weight, bias, activation_bits or None)
 
 
 def _forward_fake(x: Tensor, *args: Any) -> Tensor:
@@ -120,7 +134,7 @@ def _backward_fake(grad: Tensor, *args: Any) -> Tensor:
     return grad.new_empty((*grad.shape[:-1], args[5]))
 
 
-def _save(ctx: Any, inputs: tuple[Any, ...], _output: Tensor) -> None:
+def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     x, codes, scale, centre, bias, ctx.bits, ctx.group, _, _ = inputs
     ctx.columns, ctx.bias_dtype = x.shape[-1], None if bias is None else bias.dtype
     ctx.save_for_backward(codes, scale, centre)
@@ -145,7 +159,7 @@ def _dense_fake(x: Tensor, weight: Tensor, _bias: Tensor | None) -> Tensor:
     return x.new_empty((*x.shape[:-1], weight.shape[0]))
 
 
-def _dense_save(ctx: Any, inputs: tuple[Any, ...], _output: Tensor) -> None:
+def _dense_save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     x, weight, bias = inputs
     ctx.bias_dtype = None if bias is None else bias.dtype
     ctx.save_for_backward(x, weight)

@@ -17,13 +17,14 @@ Scale and centre are rounded to bf16 first and the codes chosen for the rounded 
 from __future__ import annotations
 
 import dataclasses
+import functools
 
 import torch
 from torch import Tensor
 
 from ds_kernels._checks import FLOATS, check_dtype, require
 
-__all__ = ["BITS", "QuantizedWeight", "middle", "quantize_weight"]
+__all__ = ["BITS", "PANEL", "QuantizedWeight", "middle", "quantize_weight"]
 
 BITS = (8, 4)
 PANEL = 16
@@ -66,7 +67,7 @@ class QuantizedWeight:
         """(outputs, columns)."""
         return self.outputs, self.columns
 
-    @property
+    @functools.cached_property
     def depth(self) -> int:
         """Columns with their padding."""
         return -(-self.columns // DEPTH) * DEPTH
