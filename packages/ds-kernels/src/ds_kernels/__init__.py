@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from ds_kernels.ops.moe_dispatch import moe_combine, moe_dispatch
     from ds_kernels.ops.moe_gating import Routing, moe_capacity, moe_gate
     from ds_kernels.ops.paged_attention import paged_attention, write_kv
+    from ds_kernels.ops.quantize import Quantized, quantize
     from ds_kernels.ops.rms_norm import rms_norm
     from ds_kernels.ops.rope import rope
     from ds_kernels.ops.softmax import softmax
@@ -46,6 +47,7 @@ _NAMES = {
     "ops.linear": ("QuantizedWeight", "linear", "quantize_weight"),
     "ops.linear_cross_entropy": ("linear_cross_entropy",),
     "ops.paged_attention": ("paged_attention", "write_kv"),
+    "ops.quantize": ("Quantized", "quantize"),
     "ops.rms_norm": ("rms_norm",),
     "ops.rope": ("rope",),
     "ops.softmax": ("softmax",),
@@ -80,6 +82,7 @@ __all__ = [
     "BackendError",
     "KernelArgumentError",
     "PatchError",
+    "Quantized",
     "QuantizedWeight",
     "__version__",
     "apply_kernels",
@@ -94,6 +97,7 @@ __all__ = [
     "linear",
     "linear_cross_entropy",
     "paged_attention",
+    "quantize",
     "quantize_weight",
     "rms_norm",
     "rope",
