@@ -73,6 +73,9 @@ REACHABLE = [
     "ops.adam.DeepSpeedCPUAdam",
     "ops.adagrad.DeepSpeedCPUAdagrad",
     "ops.lion.DeepSpeedCPULion",
+    "ops.lamb.FusedLamb",
+    "runtime.zero.muon.original_muon.MuonWithAuxAdam",
+    "set_optimizer_flags",
     "checkpoint.utils.clone_tensors_for_torch_save",
     "monitor.MonitorMaster",
 ]

@@ -130,7 +130,7 @@ def _basic_optimizer(
             " or None"
         )
     if config.optimizer is not None and parameters:
-        return build_optimizer(config.optimizer, parameters)
+        return build_optimizer(config.optimizer, parameters, model)
     if config.zero_optimization.stage in (1, 2):
         raise DeepSpeedConfigError(
             f"zero_optimization.stage {config.zero_optimization.stage} shards the optimizer, and there is none: pass"

@@ -15,7 +15,7 @@ class OptimizerSection(Section):
     """The optimizer to build when the caller of `initialize` passes none."""
 
     type: str
-    """Adam, AdamW, Adagrad (any case), or the exact name of a class in torch.optim."""
+    """Adam, AdamW, Adagrad, Lamb, Lion, Muon (any case), or the exact name of a class in torch.optim."""
     params: FreeForm = Field(default_factory=dict)
     """Keyword arguments of the optimizer class."""
     legacy_fusion: bool = False

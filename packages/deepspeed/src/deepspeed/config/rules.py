@@ -20,10 +20,11 @@ from deepspeed.errors import ConfigConflictError, DeepSpeedConfigError
 
 __all__ = ["DEEPSPEED_OPTIMIZERS", "check", "ignored_placements", "model_dtype"]
 
-DEEPSPEED_OPTIMIZERS: dict[str, str] = {"adam": "Adam", "adamw": "AdamW", "adagrad": "Adagrad"}
+DEEPSPEED_OPTIMIZERS: dict[str, str] = {
+    name.lower(): name for name in ("Adam", "AdamW", "Adagrad", "Lamb", "Lion", "Muon")
+}
 """Names matched in any case -> the spelling of upstream. Other names are classes of torch.optim."""
 
-_LATER_OPTIMIZERS = ("Lamb", "Lion", "Muon")
 _GONE_OPTIMIZERS = ("OneBitAdam", "ZeroOneAdam", "OneBitLamb", "MuAdam", "MuAdamW", "MuSGD")
 _WIDTH = {"fp16": 16, "bf16": 16, "fp32": 32}
 
@@ -127,19 +128,13 @@ def _optimizer(config: ConfigModel) -> Iterator[str]:
             f"optimizer.params.max_grad_norm (value {params['max_grad_norm']!r}) is not a parameter of the optimizer; "
             "set the top-level key gradient_clipping instead"
         )
-    known = {optimizer.lower(): optimizer for optimizer in (*_LATER_OPTIMIZERS, *_GONE_OPTIMIZERS)}
+    gone = {optimizer.lower(): optimizer for optimizer in _GONE_OPTIMIZERS}
     if name.lower() in DEEPSPEED_OPTIMIZERS:
         return
-    if name.lower() in known:
-        spelled = known[name.lower()]
-        when = (
-            "comes with ds-kernels"
-            if spelled in _LATER_OPTIMIZERS
-            else "not planned (upstream removed it, or it needs another package)"
-        )
+    if name.lower() in gone:
         yield (
-            f'not supported yet: optimizer.type "{spelled}": {when}. '
-            "Use AdamW, or pass an optimizer object to initialize"
+            f'not supported: optimizer.type "{gone[name.lower()]}": not planned (upstream removed it, or it needs'
+            " another package). Use AdamW, or pass an optimizer object to initialize"
         )
         return
     classes = [

@@ -86,7 +86,7 @@ SUPPORT: Mapping[str, Support] = MappingProxyType(
         "sequence_parallel_size": Support("unsupported", f"more than 1 {_PARALLEL}"),
         "disable_python_gc": Support("unsupported", "call gc.disable() in the script instead"),
         "optimizer.*": Support(
-            "works", "Adam, AdamW, Adagrad and every torch.optim class; Lamb, Lion and Muon come with ds-kernels"
+            "works", "Adam, AdamW, Adagrad, Lamb, Lion, Muon and every elementwise class of torch.optim"
         ),
         "optimizer.legacy_fusion": Support("no-op", "upstream's older fused Lamb wrapper, which does not exist here"),
         "scheduler.*": Support("works"),
@@ -199,9 +199,7 @@ SUPPORT: Mapping[str, Support] = MappingProxyType(
         ),
         "checkpoint.parallel_write.*": Support("no-op", "every rank writes its own shard"),
         "checkpoint.checkpoint_serialization": Support("no-op", "shards are safetensors, never torch's zip files"),
-        "checkpoint.writer.*": Support(
-            "no-op", "there is one writer: it works in the background"
-        ),
+        "checkpoint.writer.*": Support("no-op", "there is one writer: it works in the background"),
         "comms_logger.*": Support("works"),
         "flops_profiler.*": Support("unsupported", "comes with the profilers"),
         "tensorboard.*": Support("works"),

@@ -88,6 +88,15 @@ class DeepSpeedConfig:
         return self.resolved.gradient_clipping
 
     @property
+    def optimizer_name(self) -> str | None:
+        """The optimizer's type, in lower case where it is one of DeepSpeed's own; None without a section."""
+        section = self.resolved.optimizer
+        if section is None:
+            return None
+        lower = section.type.lower()
+        return lower if lower in DEEPSPEED_OPTIMIZERS else section.type
+
+    @property
     def zero_config(self) -> ZeroSection:
         """The `zero_optimization` section."""
         return self.resolved.zero_optimization

@@ -144,8 +144,8 @@ class Muon(FlatOptimizer):
             check_betas("Muon", group["betas"])
         super().add_param_group(group)
         for parameter in self.param_groups[-1]["params"] if muon else ():
-            require(
-                parameter.dim() >= 2,
+            require(  # one without elements is a placeholder, whose shape its owner knows
+                parameter.dim() >= 2 or not parameter.numel(),
                 f"Muon: a parameter of shape {tuple(parameter.shape)} is no matrix; put it into a group with"
                 " use_muon=False",
             )

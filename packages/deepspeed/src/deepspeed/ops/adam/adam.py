@@ -8,8 +8,8 @@ With m, v the moments, b1, b2 the betas, t the step:
 and weight decay decoupled (`adamw_mode`, p *= 1 - lr*wd first) or as L2 (g += wd*p). Sources: Kingma & Ba 2015,
 arXiv:1412.6980; Loshchilov & Hutter 2019, arXiv:1711.05101.
 
-Invariant: what the fused kernel cannot do (no bias correction; fp32 moments for 16-bit parameters) runs the formula
-above in fp32, tensor by tensor; all else is torch's kernel and has its bits.
+Invariant: what the fused kernel cannot do (no bias correction; fp32 moments for 16-bit parameters) is ds-kernels'
+`adam_step`, the formula above in fp32, tensor by tensor; all else is torch's kernel and has its bits.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ import torch
 from torch.optim.adam import Adam
 
 from deepspeed.ops.wrapping import copied_groups, unhooked_step
+from ds_kernels.optim import adam_step
 
 
 class _FusedTorchAdam(Adam):
@@ -94,31 +95,26 @@ class _FusedTorchAdam(Adam):
 
     def _plain_step(self, group: dict[str, Any], p: torch.Tensor) -> None:
         state = self.state[p]
-        moments_dtype = torch.float32 if self.fp32_optimizer_states else p.dtype
         if not state:
+            half = torch.float32 if self.fp32_optimizer_states or p.dtype == torch.float16 else p.dtype
+            moment = torch.zeros_like(
+                p, dtype=p.dtype if p.dtype == torch.float64 else half, memory_format=torch.contiguous_format
+            )
             state["step"] = torch.zeros((), dtype=torch.float32)
-            state["exp_avg"] = torch.zeros_like(p, dtype=moments_dtype)
-            state["exp_avg_sq"] = torch.zeros_like(p, dtype=moments_dtype)
+            state["exp_avg"] = moment
+            state["exp_avg_sq"] = torch.zeros_like(moment)
             if group["amsgrad"]:
-                state["max_exp_avg_sq"] = torch.zeros_like(p, dtype=moments_dtype)
+                state["max_exp_avg_sq"] = torch.zeros_like(moment)
         state["step"] += 1
-        lr, (beta1, beta2), decay = float(group["lr"]), group["betas"], group["weight_decay"]
-        value = p.to(moments_dtype, copy=True)
-        grad = cast(torch.Tensor, p.grad).to(moments_dtype)
-        if group["decoupled_weight_decay"]:
-            value.mul_(1 - lr * decay)
-        elif decay:
-            grad = grad.add(value, alpha=decay)
-        mean = state["exp_avg"].lerp_(grad, 1 - beta1)
-        square = state["exp_avg_sq"].mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
-        if group["amsgrad"]:
-            square = torch.maximum(state["max_exp_avg_sq"], square, out=state["max_exp_avg_sq"])
-        correct1 = correct2 = 1.0
-        if group["bias_correction"]:
-            time = float(state["step"])
-            correct1, correct2 = 1 - beta1**time, 1 - beta2**time
-        divisor = square.sqrt().div_(correct2**0.5).add_(group["eps"])
-        p.copy_(value.addcdiv_(mean, divisor, value=-lr / correct1))
+        value, flat = p.detach().contiguous(), cast(torch.Tensor, p.grad).contiguous()
+        adam_step(
+            value, flat, state["exp_avg"], state["exp_avg_sq"], step=int(state["step"]), lr=float(group["lr"]),
+            betas=group["betas"], eps=group["eps"], weight_decay=group["weight_decay"],
+            decoupled=group["decoupled_weight_decay"], bias_correction=group["bias_correction"],
+            max_exp_avg_sq=state["max_exp_avg_sq"] if group["amsgrad"] else None,
+        )  # fmt: skip
+        if value.data_ptr() != p.data_ptr():
+            p.copy_(value)
 
 
 class DeepSpeedCPUAdam(_FusedTorchAdam):

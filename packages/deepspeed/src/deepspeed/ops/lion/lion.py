@@ -1,54 +1,36 @@
-"""Lion (Chen et al. 2023, arXiv:2302.06675), in plain torch.
+"""Lion under upstream's names, on ds-kernels' (formula and source: `ds_kernels.optim.lion_step`).
 
-c = b1 m + (1-b1) g;  p = p (1 - lr wd) - lr sign(c);  m = b2 m + (1-b2) g. State per parameter: `exp_avg`.
-The sign makes the update exact in any dtype; only the moment is rounded, which is why it is fp32 by default.
+State per parameter: `step`, `exp_avg`. The sign makes the update exact in any dtype; only the moment is rounded, which
+is why it is fp32 by default.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 
 from deepspeed.ops.wrapping import copied_groups
+from ds_kernels.optim import Lion
 
 
-class _Lion(torch.optim.Optimizer):
+class _Lion(Lion):
     def __init__(
         self, params: Iterable[Any], lr: float, betas: tuple[float, float], weight_decay: float, fp32_states: bool
     ) -> None:
-        if lr < 0 or not all(0 <= beta < 1 for beta in betas):
-            raise ValueError(f"lr is {lr} and betas are {betas}; expected lr >= 0 and betas in [0, 1)")
         self.fp32_optimizer_states = fp32_states
-        super().__init__(copied_groups(params), {"lr": lr, "betas": betas, "weight_decay": weight_decay})
+        super().__init__(copied_groups(params), lr, (betas[0], betas[1]), weight_decay)
 
-    @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """One step; returns what `closure` returned."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-        for group in self.param_groups:
-            lr, (beta1, beta2) = float(group["lr"]), group["betas"]
-            for p in group["params"]:
-                if p.grad is None:
-                    continue
-                state = self.state[p]
-                if not state:
-                    dtype = torch.float32 if self.fp32_optimizer_states else p.dtype
-                    state["exp_avg"] = torch.zeros_like(p, dtype=dtype)
-                momentum = state["exp_avg"]
-                grad = p.grad.to(momentum.dtype)
-                direction = momentum.lerp(grad, 1 - beta1).sign_().to(p.dtype)
-                p.mul_(1 - lr * group["weight_decay"]).add_(direction, alpha=-lr)
-                momentum.lerp_(grad, 1 - beta2)
-        return loss
+    def dtype_of_state(self, parameter: torch.Tensor) -> torch.dtype:
+        """fp32, or bf16 for bf16 parameters where that was asked for."""
+        if not self.fp32_optimizer_states and parameter.dtype == torch.bfloat16:
+            return torch.bfloat16
+        return super().dtype_of_state(parameter)
 
 
 class DeepSpeedCPULion(_Lion):
-    """Lion for parameters in host memory; `fp32_optimizer_states=False` keeps the moment in the parameters' dtype."""
+    """Lion for parameters in host memory; `fp32_optimizer_states=False` keeps bf16 parameters' moment in bf16."""
 
     def __init__(
         self,

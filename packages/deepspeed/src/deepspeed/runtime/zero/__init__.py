@@ -19,6 +19,7 @@ __getattr__, __dir__ = attach(
     (
         "config",
         "memory_estimators",
+        "muon",
         "offload_config",
         "parameter_offload",
         "partition_parameters",
