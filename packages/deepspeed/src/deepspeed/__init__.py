@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from deepspeed.engine import DeepSpeedEngine
     from deepspeed.errors import DeepSpeedConfigError
     from deepspeed.initialize import add_config_arguments, initialize
+    from deepspeed.ops.transformer import DeepSpeedTransformerConfig, DeepSpeedTransformerLayer
     from deepspeed.runtime import zero
     from deepspeed.runtime.activation_checkpointing import checkpointing
     from deepspeed.runtime.base_optimizer import (
@@ -69,6 +70,8 @@ _NAMES = {
     "DeepSpeedOptimizer": "deepspeed.runtime.base_optimizer:DeepSpeedOptimizer",
     "DeepSpeedOptimizerCallable": "deepspeed.runtime.base_optimizer:DeepSpeedOptimizerCallable",
     "DeepSpeedSchedulerCallable": "deepspeed.runtime.base_optimizer:DeepSpeedSchedulerCallable",
+    "DeepSpeedTransformerConfig": "deepspeed.ops.transformer:DeepSpeedTransformerConfig",
+    "DeepSpeedTransformerLayer": "deepspeed.ops.transformer:DeepSpeedTransformerLayer",
     "OnDevice": "deepspeed.utils.init_on_device:OnDevice",
     "add_config_arguments": "deepspeed.initialize:add_config_arguments",
     "checkpointing": "deepspeed.runtime.activation_checkpointing.checkpointing",
@@ -95,8 +98,6 @@ _TENSOR_PARALLEL = "tensor parallelism, a later part of ds-inference"
 _LATER = {
     "DeepSpeedHybridEngine": "ds-inference",
     "DeepSpeedInferenceConfig": "ds-inference",
-    "DeepSpeedTransformerConfig": "ds-kernels",
-    "DeepSpeedTransformerLayer": "ds-kernels",
     "DualPipeVEngine": "ds-pipe",
     "DualPipeVModule": "ds-pipe",
     "InferenceEngine": "ds-inference",
@@ -145,6 +146,8 @@ __all__ = [
     "DeepSpeedOptimizer",
     "DeepSpeedOptimizerCallable",
     "DeepSpeedSchedulerCallable",
+    "DeepSpeedTransformerConfig",
+    "DeepSpeedTransformerLayer",
     "OnDevice",
     "__git_branch__",
     "__git_hash__",

@@ -1,8 +1,17 @@
-"""Optimizers under upstream's import paths. Nothing here is compiled: no op builder, no C++ toolchain."""
+"""Optimizers and a layer under upstream's import paths. Nothing here is compiled: no op builder, no C++ toolchain."""
 
-from deepspeed.ops import adagrad, adam, lion
+from deepspeed.ops import adagrad, adam, lion, transformer
+from deepspeed.ops.transformer import DeepSpeedTransformerConfig, DeepSpeedTransformerLayer
 
-__all__ = ["__compatible_ops__", "adagrad", "adam", "lion"]
+__all__ = [
+    "DeepSpeedTransformerConfig",
+    "DeepSpeedTransformerLayer",
+    "__compatible_ops__",
+    "adagrad",
+    "adam",
+    "lion",
+    "transformer",
+]
 
 # Upstream lists which of its C++/CUDA extensions can be built on this machine. There are none to build.
 __compatible_ops__: dict[str, bool] = {}
