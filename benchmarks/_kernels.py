@@ -9,11 +9,14 @@ from __future__ import annotations
 
 import argparse
 import gc
+import os
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import _common
+import _memory
 import torch
 
 Call = Callable[[], object]
@@ -102,3 +105,24 @@ def triad(numel: int = 1 << 25, rounds: int = 7) -> float:
     a, b, c = (torch.ones(numel) for _ in range(3))
     seconds = [timed(lambda: torch.add(b, c, alpha=3.0, out=a)) for _ in range(rounds + 1)][1:]
     return 12 * numel / sorted(seconds)[rounds // 2]
+
+
+def peak_rss_mb(call: Call) -> tuple[float, float]:
+    """Peak resident memory of this process during a call, and what it was before, in MB; sampled every 2 ms.
+
+    Sampled because not every kernel lets a process reset its high-water mark.
+    """
+    process, done = os.getpid(), threading.Event()
+    before = _memory.rss_mb(process)
+    peaks = [before]
+
+    def watch() -> None:
+        while not done.wait(0.002):
+            peaks[0] = max(peaks[0], _memory.rss_mb(process))
+
+    watcher = threading.Thread(target=watch, daemon=True)
+    watcher.start()
+    call()
+    done.set()
+    watcher.join()
+    return peaks[0], before

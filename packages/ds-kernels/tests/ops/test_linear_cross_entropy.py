@@ -78,7 +78,7 @@ def test_options(backend: str, options: dict[str, Any], reduction: str) -> None:
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_many_chunks_of_rows(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, reduction: str) -> None:
-    """Limits made small, so that sums run over chunks and tiles: two (16-bit sums) and more (fp32 sums)."""
+    """Limits made small, so that sums run over chunks and tiles: three (16-bit sums) and more (fp32 sums)."""
     monkeypatch.setattr(cpu, "TILE", 64)
     monkeypatch.setattr(cpu, "ROWS", 48)
     monkeypatch.setattr(cpu, "SMALL_NBYTES", 1)

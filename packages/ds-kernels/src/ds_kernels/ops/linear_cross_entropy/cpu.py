@@ -6,8 +6,8 @@ The vocabulary is cut into tiles of TILE classes. Two ways through them:
               tiles, kept in x's dtype), their gradient in place, both products. Three products, as many as unfused.
     by rows   forward keeps only each row's lse; backward makes a tile's logits again. Four products, one tile kept.
 
-Sums over chunks and tiles are in fp32: a 16-bit product is rounded once and added to an fp32 sum; only with two chunks
-the weight's gradient is summed in its own dtype. fp16 is computed in fp32 (CPUs multiply it slowly and it overflows).
+Sums over chunks and tiles are in fp32: a 16-bit product is rounded once and added to an fp32 sum; only with two or
+three chunks the weight's gradient is summed in its own dtype. fp16 is computed in fp32 (CPUs multiply it slowly).
 Rows that are ignored take no part at all.
 """
 
@@ -155,11 +155,11 @@ def loss_and_gradients(
 
 
 class _WeightSum:
-    """The weight's gradient, summed over chunks of rows: in its own dtype up to two 16-bit chunks, else in fp32."""
+    """The weight's gradient, summed over chunks of rows: in its own dtype up to three chunks, else in fp32."""
 
     def __init__(self, weight: Tensor, num_chunks: int) -> None:
         self._dtype = weight.dtype
-        wide = weight.dtype != torch.float32 and num_chunks > 2
+        wide = weight.dtype != torch.float32 and num_chunks > 3
         self._sum = torch.empty_like(weight, dtype=torch.float32 if wide else weight.dtype)
         self._filled = 0 if num_chunks else self._sum.zero_().shape[0]
         self._wide = wide
@@ -197,13 +197,13 @@ def _spread(kept: Tensor, keep: Tensor | None, like: Tensor) -> Tensor:
 
 
 def _chunk_rows(rows: int, vocabulary: int, itemsize: int) -> int:
-    """Rows whose logits are kept at a time: a half of them in 16 bits, a quarter in 32, within the limits."""
+    """Rows whose logits are kept at a time: a third of them in 16 bits, a sixth in 32, within the limits."""
     row_nbytes = vocabulary * itemsize
     if rows * row_nbytes <= SMALL_NBYTES:
         return max(1, rows)
-    share = -(-rows // itemsize)
+    share = -(-2 * rows // (3 * itemsize))
     largest = max(32, LARGE_NBYTES // row_nbytes)
-    return -(-min(share, largest) // 32) * 32
+    return -(-min(share, largest) // 8) * 8
 
 
 def _computable(rows: Tensor) -> Tensor:

@@ -182,6 +182,7 @@ def _save_gradients(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     ctx.save_for_backward(x, weight, bias, target, output[1])
     ctx.gradients = output[2:]  # not among the saved tensors: backward scales them in place and gives them away
     ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)  # else zeros of the weight's size would be made for its gradient's gradient
 
 
 def _scaled_gradients(ctx: Any, grad: Tensor, *_grads: Tensor) -> tuple[Tensor | None, ...]:
