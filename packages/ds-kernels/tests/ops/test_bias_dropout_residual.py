@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ds_kernels import KernelArgumentError, available_backends, bias_dropout_residual, use_backend
 
-SHAPES = [(7, 33), (1, 576), (2, 3, 64), (5, 1), (1030, 8), (2, 9001), (17,)]
+SHAPES = [(7, 33), (1, 576), (2, 3, 64), (5, 1), (70, 8), (2, 1025), (17,)]
 
 
 def mask(shape: tuple[int, ...], p: float, seed: int) -> Tensor:
@@ -32,6 +32,17 @@ def test_forward_and_gradients(backend: str, p: float, shape: tuple[int, ...], d
     x, residual = (torch.randn(shape).to(dtype).requires_grad_() for _ in range(2))
     bias = torch.randn(shape[-1]).to(dtype).requires_grad_()
     check_against(apply, specification, x, bias, residual, magnitude=8.0)
+
+
+def test_more_rows_than_programs(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Several tiles per group of the Triton backward pass."""
+    if backend == "triton":
+        monkeypatch.setattr("ds_kernels.ops.bias_dropout_residual.triton.NUM_GROUPS", 2)
+    x, bias, grad = torch.randn(19, 33, requires_grad=True), torch.randn(33, requires_grad=True), torch.randn(19, 33)
+    got = torch.autograd.grad(bias_dropout_residual(x, bias, None, 0.5, seed=4), [x, bias], grad)
+    expected = torch.where(mask((19, 33), 0.5, 4), 2 * grad, 0.0)
+    assert torch.equal(got[0], expected)
+    assert_accurate(got[1], expected.double().sum(0))
 
 
 def test_parts_are_optional(backend: str) -> None:
