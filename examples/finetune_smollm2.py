@@ -28,6 +28,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.integrations import HfDeepSpeedConfig
 
 import deepspeed
+import ds_kernels
 
 HERE = Path(__file__).parent
 
@@ -43,6 +44,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--held-out", type=int, default=16, help="samples kept for evaluation (default: %(default)s)")
     parser.add_argument("--prompt", default='The "with" statement is used to', help="what to complete before and after")
     parser.add_argument("--resume", action="store_true", help="continue from the last checkpoint in --output")
+    parser.add_argument("--kernels", action="store_true", help="put ds-kernels into the model: faster, smaller steps")
     parser.add_argument("--demo", action="store_true", help="launch this script, kill a rank, resume, check everything")
     parser.add_argument("--local_rank", type=int, default=-1, help="given by the launcher")
     parser = deepspeed.add_config_arguments(parser)
@@ -91,6 +93,10 @@ def train(args: argparse.Namespace) -> None:
     # While this object lives, from_pretrained builds the model under deepspeed.zero.Init: no rank ever holds all of it.
     sharded_loading = HfDeepSpeedConfig(json.loads(Path(args.deepspeed_config).read_text()))
     model = AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.bfloat16)
+    if args.kernels:
+        applied = ds_kernels.apply_kernels(model)
+        if first:
+            print(f"kernels: {applied}")
     engine, _, loader, _ = deepspeed.initialize(
         args=args, model=model, model_parameters=model.parameters(), training_data=samples
     )
