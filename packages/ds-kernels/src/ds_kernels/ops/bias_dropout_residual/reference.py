@@ -51,7 +51,7 @@ def keep(rows: int, dim: int, seed: Tensor, p: float) -> Tensor:
 
 def _drop(x: Tensor, seed: Tensor, p: float) -> Tensor:
     if p == 0 or x.numel() == 0:
-        return x
+        return x.clone()  # an operation returns no input of its own
     kept = keep(x.numel() // x.shape[-1], x.shape[-1], seed, p).view(x.shape)
     return torch.where(kept, x * scale_of(p), 0.0)
 
