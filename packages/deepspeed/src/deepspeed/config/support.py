@@ -31,7 +31,7 @@ def _all(status: Literal["works", "no-op", "unsupported"], note: str, *paths: st
 
 
 _GONE = "upstream removed it in 0.19.8; it is not planned"
-_KERNELS = "comes with ds-kernels"
+_ZEROPP = "ZeRO++ is not here yet"
 _TIER = "comes with the nvme tier"
 _PARALLEL = "comes with tensor, sequence and expert parallelism"
 _NVME_ONLY = "read by the nvme tier only, which comes later"
@@ -159,7 +159,7 @@ SUPPORT: Mapping[str, Support] = MappingProxyType(
         "zero_optimization.enable_sanity_checks": Support("unsupported", "comes with the debugging tools"),
         **_all(
             "unsupported",
-            _KERNELS,
+            _ZEROPP,
             "zero_optimization.zero_hpz_partition_size",
             "zero_optimization.zero_quantized_weights",
             "zero_optimization.zero_quantized_nontrainable_weights",
