@@ -17,6 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ds_kernels._dispatch import interpreting
 from ds_kernels._triton import Build, type_name
 from ds_kernels.ops.linear import reference
 from ds_kernels.ops.linear.weight import QuantizedWeight
@@ -36,7 +37,7 @@ def _product(x, row_mask, rows, columns, at, w, INT_DOT: tl.constexpr, BLOCK_ROW
     if INT_DOT:
         dot = tl.dot(tile, tl.trans(w).to(tl.int8)).to(tl.float32)
     elif tile.dtype == tl.int8:
-        dot = tl.dot(tile.to(tl.float32).to(tl.bfloat16), tl.trans(w).to(tl.float32).to(tl.bfloat16))
+        dot = tl.dot(tile.to(tl.float16), tl.trans(w).to(tl.float16))
     else:
         dot = tl.dot(tile, tl.trans(w).to(tl.float32).to(tile.dtype), input_precision="ieee")
     return dot, total
@@ -112,6 +113,8 @@ def linear(x: Tensor, weight: QuantizedWeight, bias: Tensor | None, activation_b
     if activation_bits == 8:
         codes, unit = reference.quantize_activations(x, weight.group_size)
         inputs, unit = codes.to(torch.int8), unit.contiguous()
+    elif interpreting() and x.dtype == torch.bfloat16:
+        inputs = x.float()  # the interpreter multiplies the bits of bf16, not their values
     num_rows = x.numel() // weight.columns
     panels, groups = weight.codes.shape[0], weight.scale.shape[1]
     y = torch.empty((*x.shape[:-1], weight.outputs), dtype=x.dtype, device=x.device)
