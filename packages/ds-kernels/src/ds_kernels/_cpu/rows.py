@@ -5,6 +5,7 @@ these are vectors emitted as LLVM, with addresses as int64 and nothing checked.
 
     dots[code]          16 scores: the products of one query row (fp32) with 16 key rows of a dtype, summed along dim
     dots_bf16_pairs     the same by AVX512_BF16 (HAS_BF16_DOT), the query in bf16; dims are multiples of 32
+    prefetch            the cache line of an address: pages lie anywhere, so the hardware does not see what comes next
     gather[code, R, V]  o[i, :] += sum over j of p[i, j] * value row j, for R rows i and 16 * V dims
 """
 # mypy: disable-error-code="import-untyped,misc,untyped-decorator,no-untyped-call,no-any-return,no-untyped-def,type-arg"
@@ -15,11 +16,12 @@ from typing import Any
 
 from llvmlite import binding, ir
 from numba import types
+from numba.core import cgutils
 from numba.extending import intrinsic
 
 from ds_kernels._cpu.tiles import LANES, Code
 
-__all__ = ["dots", "dots_bf16_pairs", "gather"]
+__all__ = ["dots", "dots_bf16_pairs", "gather", "prefetch"]
 
 _I16, _I32, _I64, _F32 = ir.IntType(16), ir.IntType(32), ir.IntType(64), ir.FloatType()
 _VECTOR, _INTS = ir.VectorType(_F32, LANES), ir.VectorType(_I32, LANES)
@@ -40,9 +42,7 @@ def _widened(code: Code, address: Any, dtype: int) -> Any:
 
 def _addresses(code: Code, table: Any) -> list[Any]:
     """The 16 addresses that lie at an address."""
-    return [
-        code.b.load(code.b.inttoptr(code.b.add(table, _I64(8 * j)), _I64.as_pointer())) for j in range(LANES)
-    ]
+    return [code.b.load(code.b.inttoptr(code.b.add(table, _I64(8 * j)), _I64.as_pointer())) for j in range(LANES)]
 
 
 def _sums(code: Code, vectors: list[Any]) -> Any:
@@ -62,15 +62,15 @@ def _dots(dtype: int, pairs: bool) -> Any:
     size = 4 if dtype == F32 else 2
 
     @intrinsic
-    def dots(_context: Any, out: Any, query: Any, keys: Any, dim: Any) -> Any:
-        """Addresses of 16 scores, of the query row and of 16 key addresses; the dim."""
+    def dots(_context: Any, out: Any, query: Any, keys: Any, skip: Any, dim: Any) -> Any:
+        """Addresses of 16 scores, of the query row and of 16 key addresses; bytes that are added to those; the dim."""
 
         def codegen(_ctx: Any, builder: Any, _sig: Any, args: Any) -> Any:
-            out, query, keys, dim = args
+            out, query, keys, skip, dim = args
             code = Code(builder)
             if pairs:
                 binding.initialize_native_asmparser()
-            rows = _addresses(code, keys)
+            rows = [builder.add(row, skip) for row in _addresses(code, keys)]
             chunk = LANES * (2 if pairs else 1)
 
             def body(step: Any, values: list[Any]) -> list[Any]:
@@ -91,7 +91,7 @@ def _dots(dtype: int, pairs: bool) -> Any:
             code.store(_sums(code, totals), out, 0)
             return ir.Constant(_I64, 0)
 
-        return types.int64(*(types.int64,) * 4), codegen
+        return types.int64(*(types.int64,) * 5), codegen
 
     return dots
 
@@ -100,13 +100,16 @@ def _gather(dtype: int, height: int, width: int) -> Any:
     size = 4 if dtype == F32 else 2
 
     @intrinsic
-    def gather(_context: Any, o: Any, o_row: Any, p: Any, p_row: Any, values: Any, count: Any, first: Any) -> Any:
-        """Addresses of o and p with their row strides, of the value addresses, their number, the first dim."""
+    def gather(
+        _context: Any, o: Any, o_row: Any, p: Any, p_row: Any, values: Any, skip: Any, count: Any, first: Any
+    ) -> Any:
+        """Addresses of o and p with their row strides, of the value addresses, what is added to those; their number, the
+        first dim."""
 
         def codegen(_ctx: Any, builder: Any, _sig: Any, args: Any) -> Any:
-            o, o_row, p, p_row, values, count, first = args
+            o, o_row, p, p_row, values, skip, count, first = args
             code = Code(builder)
-            skip = builder.mul(first, _I64(size))
+            skip = builder.add(skip, builder.mul(first, _I64(size)))
 
             def body(step: Any, sums: list[Any]) -> list[Any]:
                 place = builder.inttoptr(builder.add(values, builder.shl(step, _I64(3))), _I64.as_pointer())
@@ -129,9 +132,23 @@ def _gather(dtype: int, height: int, width: int) -> Any:
                 code.store(value, o, start)
             return ir.Constant(_I64, 0)
 
-        return types.int64(*(types.int64,) * 7), codegen
+        return types.int64(*(types.int64,) * 8), codegen
 
     return gather
+
+
+@intrinsic
+def prefetch(_context: Any, address: Any) -> Any:
+    """Ask for the cache line of an address."""
+
+    def codegen(_ctx: Any, builder: Any, _sig: Any, args: Any) -> Any:
+        pointer = ir.IntType(8).as_pointer()
+        kind = ir.FunctionType(ir.VoidType(), [pointer, _I32, _I32, _I32])
+        function = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
+        builder.call(function, [builder.inttoptr(args[0], pointer), _I32(0), _I32(3), _I32(1)])
+        return ir.Constant(_I64, 0)
+
+    return types.int64(types.int64), codegen
 
 
 dots: dict[int, Any] = {dtype: _dots(dtype, False) for dtype in (F32, BF16, FP16)}

@@ -63,7 +63,9 @@ class Code:
 
     def splat(self, value: Any, llvm: Any = VECTOR) -> Any:
         undefined = ir.Constant(llvm, ir.Undefined)
-        return self.b.shuffle_vector(self.b.insert_element(undefined, value, I32(0)), undefined, ir.Constant(INTS, None))
+        return self.b.shuffle_vector(
+            self.b.insert_element(undefined, value, I32(0)), undefined, ir.Constant(INTS, None)
+        )
 
     def constant(self, value: float) -> Any:
         return ir.Constant(VECTOR, [ir.Constant(F32, value)] * LANES)

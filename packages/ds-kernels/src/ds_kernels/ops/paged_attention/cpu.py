@@ -104,7 +104,7 @@ def _decode(
         decode, q, k_cache, v_cache, out, partial, table, records, error,
         heads, kv_heads, dim, code, k_cache.shape[2], k_cache.shape[0], window, float(scale), splits,
         q.stride(0), q.stride(1), *k_cache.stride()[:3], *v_cache.stride()[:3], table.stride(0), len(records),
-        items=len(records) * kv_heads * splits,
+        items=len(records) * splits,
     )  # fmt: skip
     if splits > 1:
         launch(merge, partial, out, records, heads, dim, code, window, splits, items=len(records) * heads)

@@ -1,8 +1,9 @@
 """Decoding in numba: one query per sequence, its keys and values streamed out of the pages once, at memory bandwidth.
 
-An item is (sequence, head of keys, split): SPLIT keys of a context. The group's query rows share each key while it is in
-registers or L1. A context of several splits leaves (maximum, sum, unscaled output) per split, merged by `merge`.
-Splits are of fixed length, so the number of threads changes no bits.
+An item is (sequence, split): SPLIT keys of a context, all heads of it, because those lie side by side in a page. Keys
+and values are walked 16 rows at a time, the next ones fetched ahead; the query rows of a group share what is in
+L1. A context of several splits leaves (maximum, sum, unscaled output) per split, merged by `merge`. Splits are of fixed
+length, so the number of threads changes no bits.
 """
 # mypy: disable-error-code="misc,untyped-decorator,no-untyped-call,no-untyped-def,index"
 
@@ -12,7 +13,6 @@ import numpy as np
 from numba import njit
 
 from ds_kernels._cpu.intrinsics import (
-    as_float,
     f32_array,
     f32_to_bf16,
     float_at,
@@ -26,8 +26,8 @@ from ds_kernels._cpu.intrinsics import (
     u8_array,
 )
 from ds_kernels._cpu.launch import FASTMATH, kernel
-from ds_kernels._cpu.rows import dots, dots_bf16_pairs, gather
-from ds_kernels._cpu.tiles import HAS_BF16_DOT
+from ds_kernels._cpu.rows import dots, dots_bf16_pairs, gather, prefetch
+from ds_kernels._cpu.tiles import HAS_BF16_DOT, column_exp, column_max
 
 __all__ = ["SPLIT", "decode", "merge", "write"]
 
@@ -51,24 +51,24 @@ def _chooser(one4, two4, three4, four4, one1, two1, three1, four1):
     """The gathers of one dtype as a function of the number of rows and of vectors."""
 
     @njit(inline="never")
-    def choose(height, width, o, o_row, p, p_row, values, count, first):
+    def choose(height, width, o, o_row, p, p_row, values, skip, count, first):
         if width == 4:
             if height == 1:
-                one4(o, o_row, p, p_row, values, count, first)
+                one4(o, o_row, p, p_row, values, skip, count, first)
             elif height == 2:
-                two4(o, o_row, p, p_row, values, count, first)
+                two4(o, o_row, p, p_row, values, skip, count, first)
             elif height == 3:
-                three4(o, o_row, p, p_row, values, count, first)
+                three4(o, o_row, p, p_row, values, skip, count, first)
             else:
-                four4(o, o_row, p, p_row, values, count, first)
+                four4(o, o_row, p, p_row, values, skip, count, first)
         elif height == 1:
-            one1(o, o_row, p, p_row, values, count, first)
+            one1(o, o_row, p, p_row, values, skip, count, first)
         elif height == 2:
-            two1(o, o_row, p, p_row, values, count, first)
+            two1(o, o_row, p, p_row, values, skip, count, first)
         elif height == 3:
-            three1(o, o_row, p, p_row, values, count, first)
+            three1(o, o_row, p, p_row, values, skip, count, first)
         else:
-            four1(o, o_row, p, p_row, values, count, first)
+            four1(o, o_row, p, p_row, values, skip, count, first)
 
     return choose
 
@@ -80,69 +80,79 @@ _gather_fp16 = _chooser(_h14, _h24, _h34, _h44, _h11, _h21, _h31, _h41)
 
 @njit(inline="always")
 def _exp2(x):
-    """2^x for x <= 0, relative error 3e-9 and fp32's rounding; zero below the normal numbers."""
-    low = x < np.float32(-126.0)
-    x = np.float32(-126.0) if low else x
-    whole = np.int32(x - np.float32(0.5))  # towards zero: the nearest, as x is not positive
-    f = np.float32(x - np.float32(whole))
-    y = np.float32(0.00015461444724808513)
-    y = np.float32(y * f + np.float32(0.0013400428177711937))
-    y = np.float32(y * f + np.float32(0.00961805667843204))
-    y = np.float32(y * f + np.float32(0.05550327226669895))
-    y = np.float32(y * f + np.float32(0.24022650922289554))
-    y = np.float32(y * f + np.float32(0.6931472067028329))
-    y = np.float32(y * f + np.float32(1.0))
-    value = np.float32(y * as_float(np.uint32(np.uint32(whole + np.int32(127)) << np.uint32(23))))
-    return np.float32(0.0) if low else value
+    """2^x for x <= 0."""
+    return np.float32(np.exp(x * np.float32(0.6931471805599453)))
 
 
 @njit(inline="never", fastmath=FASTMATH)
-def _weights(s, keys, scale):
-    """Scores to weights relative to their maximum; returns the maximum (scaled, to base 2) and the sum."""
+def _weights(s, keys, scale, lanes):
+    """Scores to weights relative to their maximum; returns the maximum (scaled, to base 2) and the sum.
+
+    lanes: scratch of 48 floats. The row is taken as a matrix of 16 columns, filled up with -inf.
+    """
+    rows = (keys + 15) // 16
+    for j in range(keys, 16 * rows):
+        s[j] = np.float32(-np.inf) if scale > 0 else np.float32(np.inf)
+    for j in range(16):
+        lanes[j] = np.float32(-np.inf)
+    at, most = s.ctypes.data, lanes.ctypes.data
+    column_max(at, 16, rows, scale, most, most + 64, most + 128)
     highest = np.float32(-np.inf)
-    for j in range(keys):
-        s[j] = s[j] * scale
-        highest = s[j] if s[j] > highest else highest
-    if highest == np.float32(-np.inf):
-        highest = np.float32(0.0)
-    sum_ = np.float32(0.0)
-    for j in range(keys):
-        s[j] = _exp2(s[j] - highest)
-        sum_ += s[j]
-    return highest, sum_
+    for j in range(16):
+        highest = max(highest, lanes[j])
+    for j in range(16):
+        lanes[j], lanes[16 + j] = highest, np.float32(0.0)
+    column_exp(at, 16, rows, most, most + 64, at)
+    return highest, lanes[16:32].sum()
+
+
+@njit(inline="always")
+def _fetch(rows, first, end, skip, width):
+    for j in range(first, end):
+        for line in range(rows[j] + skip, rows[j] + skip + width, 64):
+            prefetch(line)
 
 
 @njit(inline="never", fastmath=FASTMATH)
-def _scores(code, pairs, s, query, group, keys, addresses, dim):
-    """s[g, j] for 16 keys at a time; all but s are addresses."""
+def _scores(code, pairs, s, query, heads, group, keys, k_at, head_bytes, dim, width):
+    """s[h, j] for 16 keys at a time and all heads of them, as they lie in a page (s and query are addresses)."""
+    addresses = k_at.ctypes.data
     for j in range(0, keys, 16):
-        for g in range(group):
-            out = s + 4 * (g * SPLIT + j)
-            if HAS_BF16_DOT and pairs:
-                dots_bf16_pairs(out, query + 2 * g * dim, addresses + 8 * j, dim)
-            elif code == BF16:
-                _dots_bf16(out, query + 4 * g * dim, addresses + 8 * j, dim)
-            elif code == FP16:
-                _dots_fp16(out, query + 4 * g * dim, addresses + 8 * j, dim)
-            else:
-                _dots_f32(out, query + 4 * g * dim, addresses + 8 * j, dim)
+        for head in range(heads):
+            skip = head * head_bytes
+            _fetch(k_at, min(j + 16, keys), min(j + 32, keys), skip, width)
+            for h in range(head * group, (head + 1) * group):
+                out = s + 4 * (h * SPLIT + j)
+                if HAS_BF16_DOT and pairs:
+                    dots_bf16_pairs(out, query + 2 * h * dim, addresses + 8 * j, skip, dim)
+                elif code == BF16:
+                    _dots_bf16(out, query + 4 * h * dim, addresses + 8 * j, skip, dim)
+                elif code == FP16:
+                    _dots_fp16(out, query + 4 * h * dim, addresses + 8 * j, skip, dim)
+                else:
+                    _dots_f32(out, query + 4 * h * dim, addresses + 8 * j, skip, dim)
 
 
 @njit(inline="never", fastmath=FASTMATH)
-def _outputs(code, o, s, group, keys, addresses, dim):
-    """o[g, :] += the weights times the values; o, s and addresses are addresses."""
-    for g in range(0, group, 4):
-        height = min(4, group - g)
-        out, weights, first = o + 4 * g * dim, s + 4 * g * SPLIT, 0
-        while first < dim:
-            width = 4 if dim - first >= 64 else 1
-            if code == BF16:
-                _gather_bf16(height, width, out, dim, weights, SPLIT, addresses, keys, first)
-            elif code == FP16:
-                _gather_fp16(height, width, out, dim, weights, SPLIT, addresses, keys, first)
-            else:
-                _gather_f32(height, width, out, dim, weights, SPLIT, addresses, keys, first)
-            first += 16 * width
+def _outputs(code, o, s, heads, group, keys, v_at, head_bytes, dim, width):
+    """o[h, :] += the weights times the values, for 16 keys at a time and all heads of them; o and s are addresses."""
+    for j in range(0, keys, 16):
+        count, addresses = min(16, keys - j), v_at.ctypes.data + 8 * j
+        for head in range(heads):
+            skip = head * head_bytes
+            _fetch(v_at, min(j + 16, keys), min(j + 32, keys), skip, width)
+            for h in range(head * group, (head + 1) * group, 4):
+                height = min(4, (head + 1) * group - h)
+                out, weights, first = o + 4 * h * dim, s + 4 * (h * SPLIT + j), 0
+                while first < dim:
+                    size = 4 if dim - first >= 64 else 1
+                    if code == BF16:
+                        _gather_bf16(height, size, out, dim, weights, SPLIT, addresses, skip, count, first)
+                    elif code == FP16:
+                        _gather_fp16(height, size, out, dim, weights, SPLIT, addresses, skip, count, first)
+                    else:
+                        _gather_f32(height, size, out, dim, weights, SPLIT, addresses, skip, count, first)
+                    first += 16 * size
 
 
 @kernel
@@ -153,60 +163,65 @@ def decode(a):
     heads, kv_heads, dim, code, size, pages = a[11], a[12], a[13], a[14], a[15], a[16]
     window, scale, splits = a[17], np.float32(float_at(a, 18) * LOG2E), a[19]
     group, itemsize = heads // kv_heads, 4 if code == 0 else 2
-    pairs = HAS_BF16_DOT and code == BF16 and dim % 32 == 0
+    pairs, width = HAS_BF16_DOT and code == BF16 and dim % 32 == 0, dim * itemsize
     records = i64_array(a, 9, 3 * a[29])
-    query, query16 = np.empty(group * dim, np.float32), np.empty(group * dim, np.uint16)
-    s, o = np.empty(group * SPLIT, np.float32), np.empty(group * dim, np.float32)
-    k_at, v_at = np.empty(SPLIT, np.int64), np.empty(SPLIT, np.int64)
+    query, query16 = np.empty(heads * dim, np.float32), np.empty(heads * dim, np.uint16)
+    s, o = np.empty(heads * SPLIT, np.float32), np.empty(heads * dim, np.float32)
+    k_at, v_at, lanes = np.empty(SPLIT, np.int64), np.empty(SPLIT, np.int64), np.zeros(48, np.float32)
     low = take(a)
     while low < total(a):
         for item in range(low, min(low + grain(a), total(a))):
-            index, head, split = item // (kv_heads * splits), item // splits % kv_heads, item % splits
-            token, length, place = records[3 * index], records[3 * index + 1], records[3 * index + 2]
+            index, split = item // splits, item % splits
+            token, length, sequence = records[3 * index], records[3 * index + 1], records[3 * index + 2]
             begin = max(0, length - window) if window else 0
             start = begin + split * SPLIT
             if start >= length and split > 0:
                 continue
             keys = max(0, min(SPLIT, length - start))
-            table = i32_array(a, 8, (place + 1) * a[28])[place * a[28] :]
-            for j in range(keys):
-                page = np.int64(table[(start + j) // size])
+            table = i32_array(a, 8, (sequence + 1) * a[28])[sequence * a[28] :]
+            j, place, row = 0, start // size, start % size
+            while j < keys:
+                page = np.int64(table[place])
                 if page < 0 or page >= pages:
                     i64_array(a, 10, 1)[0] = 1
                     page = 0
-                row = (start + j) % size
-                k_at[j] = a[4] + itemsize * (page * a[22] + head * a[23] + row * a[24])
-                v_at[j] = a[5] + itemsize * (page * a[25] + head * a[26] + row * a[27])
+                here = min(keys - j, size - row)
+                k_first = a[4] + itemsize * (page * a[22] + row * a[24])
+                v_first = a[5] + itemsize * (page * a[25] + row * a[27])
+                for i in range(here):
+                    k_at[j + i] = k_first + itemsize * i * a[24]
+                    v_at[j + i] = v_first + itemsize * i * a[27]
+                j, place, row = j + here, place + 1, 0
             for j in range(keys, (keys + 15) // 16 * 16):
                 k_at[j] = k_at[keys - 1]
-            for g in range(group):
-                line = query[g * dim : (g + 1) * dim]
-                load(a, 3, code, token * a[20] + (head * group + g) * a[21], dim, line)
-                if pairs:
-                    for d in range(dim):
-                        query16[g * dim + d] = f32_to_bf16(line[d])
+            for h in range(heads):
+                load(a, 3, code, token * a[20] + h * a[21], dim, query[h * dim : (h + 1) * dim])
+            if pairs:
+                for d in range(heads * dim):
+                    query16[d] = f32_to_bf16(query[d])
             source = query16.ctypes.data if pairs else query.ctypes.data
-            _scores(code, pairs, s.ctypes.data, source, group, keys, k_at.ctypes.data, dim)
+            _scores(code, pairs, s.ctypes.data, source, kv_heads, group, keys, k_at, itemsize * a[23], dim, width)
             o[:] = np.float32(0.0)
             several = length - begin > SPLIT
-            place = ((index * heads + head * group) * splits + split) * (dim + EXTRA)
-            for g in range(group):
-                highest, sum_ = _weights(s[g * SPLIT : (g + 1) * SPLIT], keys, scale)
+            begins, step = (index * heads * splits + split) * (dim + EXTRA), splits * (dim + EXTRA)
+            for h in range(heads):
+                weights = s[h * SPLIT : (h + 1) * SPLIT]
+                highest, sum_ = _weights(weights, keys, scale, lanes)
                 if several:
-                    there = place + g * splits * (dim + EXTRA)
-                    partial = f32_array(a, 7, there + EXTRA)[there:]
+                    partial = f32_array(a, 7, begins + h * step + EXTRA)[begins + h * step :]
                     partial[0], partial[1] = highest, sum_
                 elif sum_ != np.float32(0.0):
                     inverse = np.float32(1.0) / sum_
                     for j in range(keys):
-                        s[g * SPLIT + j] *= inverse
-            _outputs(code, o.ctypes.data, s.ctypes.data, group, keys, v_at.ctypes.data, dim)
-            for g in range(group):
+                        weights[j] *= inverse
+            _outputs(code, o.ctypes.data, s.ctypes.data, kv_heads, group, keys, v_at, itemsize * a[26], dim, width)
+            for h in range(heads):
+                row_out = o[h * dim : (h + 1) * dim]
                 if several:
-                    there = place + g * splits * (dim + EXTRA) + EXTRA
-                    f32_array(a, 7, there + dim)[there:] = o[g * dim : (g + 1) * dim]
+                    there = begins + h * step + EXTRA
+                    f32_array(a, 7, there + dim)[there:] = row_out
                 else:
-                    store(a, 6, code, (token * heads + head * group + g) * dim, dim, o[g * dim : (g + 1) * dim])
+                    store(a, 6, code, (token * heads + h) * dim, dim, row_out)
         low = take(a)
 
 

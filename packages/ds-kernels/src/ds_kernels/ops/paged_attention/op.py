@@ -92,9 +92,7 @@ def paged_attention(
     scale = q.shape[2] ** -0.5 if scale is None else scale
     longest = len(q) if max_seqlen_q is None else max_seqlen_q
     q = q if q.stride(-1) == 1 else q.contiguous()
-    out: Tensor = _ATTENTION(
-        q, k_cache, v_cache, block_tables, context_lens, cu_seqlens_q, longest, window or 0, scale
-    )
+    out: Tensor = _ATTENTION(q, k_cache, v_cache, block_tables, context_lens, cu_seqlens_q, longest, window or 0, scale)
     return out
 
 
@@ -151,9 +149,7 @@ def _attention(
     if backend == "triton":
         from ds_kernels.ops.paged_attention import triton
 
-        return triton.paged_attention(
-            q, k_cache, v_cache, block_tables, context_lens, cu_q, max_q, window, scale
-        )
+        return triton.paged_attention(q, k_cache, v_cache, block_tables, context_lens, cu_q, max_q, window, scale)
     if backend == "cpu":
         return cpu.paged_attention(q, k_cache, v_cache, block_tables, context_lens, cu_q, window, scale)
     return reference.paged_attention(q, k_cache, v_cache, block_tables, context_lens, cu_q, window, scale)
