@@ -4,8 +4,8 @@ numba calls libm for `math.exp`, one element at a time, which is several times s
 into the kernel's loop as branch-free arithmetic on fp32, accurate to about one unit in the last place (exp and what is
 made of it: 2e-7 relative). NaN stays NaN; infinities and overflow give what the mathematics says.
 
-Sources: exp: the polynomial of Moshier's Cephes library. The error function: the rational
-minimax approximation on [-4, 4] that Eigen and XLA use. The hash: Wellons' "lowbias32".
+Sources: exp: the polynomial of Moshier's Cephes library. The error function: the rational minimax approximation on
+[-4, 4] that Eigen and XLA use. The hash: Wellons' "lowbias32".
 """
 # mypy: disable-error-code="import-untyped,misc,untyped-decorator,no-untyped-call,no-any-return,no-untyped-def"
 
