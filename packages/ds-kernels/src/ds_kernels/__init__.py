@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from ds_kernels.ops.glu import geglu, swiglu
     from ds_kernels.ops.grouped_gemm import grouped_gemm
     from ds_kernels.ops.layer_norm import layer_norm
-    from ds_kernels.ops.linear import QuantizedWeight, linear, quantize_weight
+    from ds_kernels.ops.linear import QuantizedWeight, bind_linear, linear, quantize_weight
     from ds_kernels.ops.linear_cross_entropy import linear_cross_entropy
     from ds_kernels.ops.moe_dispatch import moe_combine, moe_dispatch
     from ds_kernels.ops.moe_gating import Routing, moe_capacity, moe_gate
@@ -44,51 +44,38 @@ _NAMES = {
     "ops.glu": ("geglu", "swiglu"),
     "ops.grouped_gemm": ("grouped_gemm",),
     "ops.layer_norm": ("layer_norm",),
-    "ops.linear": ("QuantizedWeight", "linear", "quantize_weight"),
+    "ops.linear": ("QuantizedWeight", "bind_linear", "linear", "quantize_weight"),
     "ops.linear_cross_entropy": ("linear_cross_entropy",),
+    "ops.moe_dispatch": ("moe_combine", "moe_dispatch"),
+    "ops.moe_gating": ("Routing", "moe_capacity", "moe_gate"),
     "ops.paged_attention": ("paged_attention", "write_kv"),
     "ops.quantize": ("Quantized", "quantize"),
     "ops.rms_norm": ("rms_norm",),
     "ops.rope": ("rope",),
     "ops.softmax": ("softmax",),
     "patch": ("Applied", "apply_kernels"),
-    "ops.moe_dispatch": (
-        "moe_combine",
-        "moe_dispatch",
-    ),
-    "ops.moe_gating": (
-        "Routing",
-        "moe_capacity",
-        "moe_gate",
-    ),
-    "transformer": (
-        "DeepSpeedTransformerConfig",
-        "DeepSpeedTransformerLayer",
-    ),
+    "transformer": ("DeepSpeedTransformerConfig", "DeepSpeedTransformerLayer"),
 }
 _HOMES = {name: module for module, names in _NAMES.items() for name in names}
 
 __all__ = [
-    "DeepSpeedTransformerLayer",
-    "DeepSpeedTransformerConfig",
-    "moe_gate",
-    "moe_capacity",
-    "Routing",
-    "moe_dispatch",
-    "moe_combine",
     "BACKENDS",
     "HAS_TRITON",
     "Applied",
     "BackendError",
+    "DeepSpeedTransformerConfig",
+    "DeepSpeedTransformerLayer",
     "KernelArgumentError",
     "PatchError",
     "Quantized",
     "QuantizedWeight",
+    "Routing",
     "__version__",
     "apply_kernels",
     "available_backends",
     "bias_dropout_residual",
     "bias_gelu",
+    "bind_linear",
     "cross_entropy",
     "flash_attention",
     "geglu",
@@ -96,6 +83,10 @@ __all__ = [
     "layer_norm",
     "linear",
     "linear_cross_entropy",
+    "moe_capacity",
+    "moe_combine",
+    "moe_dispatch",
+    "moe_gate",
     "paged_attention",
     "quantize",
     "quantize_weight",
