@@ -67,21 +67,25 @@ def main() -> None:
                     f"decode, {name}, {str(dtype)[6:]}", contenders, nbytes=case.nbytes, triad_gb_per_s=triad
                 )
                 print(f"    {case.nbytes / medians['ds_kernels'] / 1e9 / triad:.2f} of the triad", flush=True)
-        case = Case(8, 1024, 9, 3, 64, torch.bfloat16)
-        chunk = torch.randn(7 + 256, 9, 64, dtype=torch.bfloat16, device=case.q.device)
-        starts = torch.tensor([*range(8), 7 + 256], device=case.q.device)
-        new = torch.randn(2, 256, 3, 64, dtype=torch.bfloat16, device=case.q.device)
-        places = torch.arange(256, device=case.q.device)
-        slots = case.tables[7].long()[-16:][places // PAGE] * PAGE + places % PAGE
-        bench.compare(
-            "256 new tokens behind 768, and 7 sequences decoding, SmolLM2, bfloat16",
-            {
-                "ds_kernels": lambda: paged_attention(
-                    chunk, case.k, case.v, case.tables, case.lengths, cu_seqlens_q=starts, max_seqlen_q=256
-                )
-            },
-        )
-        bench.compare("write_kv, 256 tokens", {"ds_kernels": lambda: write_kv(*new, case.k, case.v, slots)})
+        mixed(bench)
+
+
+def mixed(bench: _kernels.KernelBench) -> None:
+    """A chunk of a prompt among decoding sequences, and writing its keys."""
+    case = Case(8, 1024, 9, 3, 64, torch.bfloat16)
+    device = case.q.device
+    chunk = torch.randn(7 + 256, 9, 64, dtype=torch.bfloat16, device=device)
+    starts = torch.tensor([*range(8), 7 + 256], device=device)
+    new = torch.randn(2, 256, 3, 64, dtype=torch.bfloat16, device=device)
+    places = torch.arange(256, device=device)
+    slots = case.tables[7].long()[-16:][places // PAGE] * PAGE + places % PAGE
+
+    def attend() -> Tensor:
+        return paged_attention(chunk, case.k, case.v, case.tables, case.lengths, cu_seqlens_q=starts, max_seqlen_q=256)
+
+    name = "256 new tokens behind 768, and 7 sequences decoding, SmolLM2, bfloat16"
+    bench.compare(name, {"ds_kernels": attend})
+    bench.compare("write_kv, 256 tokens", {"ds_kernels": lambda: write_kv(*new, case.k, case.v, slots)})
 
 
 if __name__ == "__main__":

@@ -5,8 +5,8 @@ these are vectors emitted as LLVM, with addresses as int64 and nothing checked.
 
     dots[code]          16 scores: the products of one query row (fp32) with 16 key rows of a dtype, summed along dim
     dots_bf16_pairs     the same by AVX512_BF16 (HAS_BF16_DOT), the query in bf16; dims are multiples of 32
-    prefetch            the cache line of an address: pages lie anywhere, so the hardware does not see what comes next
     gather[code, R, V]  o[i, :] += sum over j of p[i, j] * value row j, for R rows i and 16 * V dims
+    prefetch            the cache line of an address: pages lie anywhere, and the hardware cannot know what comes next
 """
 # mypy: disable-error-code="import-untyped,misc,untyped-decorator,no-untyped-call,no-any-return,no-untyped-def,type-arg"
 
@@ -103,7 +103,7 @@ def _gather(dtype: int, height: int, width: int) -> Any:
     def gather(
         _context: Any, o: Any, o_row: Any, p: Any, p_row: Any, values: Any, skip: Any, count: Any, first: Any
     ) -> Any:
-        """Addresses of o and p with their row strides, of the value addresses, what is added to those; their number, the
+        """Addresses of o and p with their row strides, of the value addresses; bytes added to those, their number, the
         first dim."""
 
         def codegen(_ctx: Any, builder: Any, _sig: Any, args: Any) -> Any:

@@ -235,6 +235,7 @@ def _column_exp(pairs: bool) -> Any:
 
 
 column_exp = _column_exp(pairs=False)
-"""out = 2^(x - m), total += its sum over rows. Args: addresses x, (row stride, rows), addresses m, total, out (may be x)."""
+"""out = 2^(x - m), total += its sum over rows. Args: address of x, its row stride, its rows, addresses of m, total and
+out, which may be x."""
 column_exp_pairs = _column_exp(pairs=True)
 """The same with out as pairs of rows in bf16, the number of rows even; the sum is of the values before rounding."""

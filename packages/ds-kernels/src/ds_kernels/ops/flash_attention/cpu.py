@@ -97,7 +97,7 @@ def flash_attention_backward(
 def _blocks(
     q: Tensor, k: Tensor, cu_q: Tensor | None, cu_k: Tensor | None, causal: bool, window: int
 ) -> Iterator[tuple[slice, slice, Tensor | None, bool]]:
-    """(queries, keys, additive mask or None, torch's `is_causal`) of every block; queries that see none are left out."""
+    """(queries, keys, additive mask or None, torch's `is_causal`): blocks; queries that see none are left out."""
     masks: dict[tuple[int, ...], Tensor] = {}
     for a, b, c, d in sequences(q, k, cu_q, cu_k):
         q_len, k_len = b - a, d - c

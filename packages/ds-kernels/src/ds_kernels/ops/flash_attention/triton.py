@@ -1,7 +1,7 @@
 """flash_attention in Triton: forward by tiles of queries; backward by tiles of keys, then by tiles of queries.
 
-All kernels read dense tensors and packed sequences alike: a batch entry is a sequence, which begins at a batch stride or at
-`cu_q`/`cu_k`. Two backward kernels instead of atomic sums: gradients are the same bits every time.
+All kernels read dense tensors and packed sequences alike: a batch entry is a sequence, which begins at a batch stride
+or at `cu_q`/`cu_k`. Two backward kernels instead of atomic sums: gradients are the same bits every time.
 """
 # mypy: disable-error-code="import-untyped,misc,untyped-decorator,no-untyped-call,no-untyped-def"
 
@@ -147,7 +147,7 @@ def _grad_keys(
     CAUSAL: tl.constexpr, HAS_WINDOW: tl.constexpr, PACKED: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
     DIM: tl.constexpr,
 ):  # fmt: skip
-    """grad_k and grad_v (both with the strides d_*) of a tile of keys: a walk over the queries of the group that see it."""
+    """grad_k and grad_v (strides d_*) of a tile of keys: a walk over the queries of the group that see it."""
     head, batch = tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
     q_at, q_len, q_row = _extent(cu_q, batch, q_max, q_b, q_r, PACKED)
     k_at, k_len, k_row = _extent(cu_k, batch, k_max, k_b, k_r, PACKED)
@@ -173,7 +173,7 @@ def _grad_keys(
         high = tl.minimum(q_len, start + KEYS - 1 + window - offset)
         if not CAUSAL:
             low = tl.maximum(0, start - window + 1 - offset)
-    for member in range(0, group):
+    for member in range(group):
         queries_at = q + q_at + (head * group + member) * q_h
         grads_at = grad + g_at + (head * group + member) * g_h
         stats = l_at + (head * group + member) * l_h
@@ -247,11 +247,11 @@ _TILES = {  # (fp32?, kernel, padded dim) -> tile of queries, tile of keys, warp
     (False, "forward", 64): (128, 64, 8, 2),
     (False, "forward", 128): (64, 32, 8, 2),
     (False, "forward", 256): (16, 16, 8, 1),
-    (False, "keys", 64): (32, 64, 4, 2),
+    (False, "keys", 64): (32, 32, 4, 2),
     (False, "keys", 128): (16, 32, 4, 2),
-    (False, "queries", 64): (32, 64, 4, 2),
+    (False, "queries", 64): (32, 32, 4, 2),
     (False, "queries", 128): (32, 16, 4, 2),
-    (True, "forward", 64): (32, 32, 8, 1),
+    (True, "forward", 64): (32, 16, 8, 1),
     (True, "forward", 128): (16, 16, 8, 1),
     (True, "forward", 256): (16, 16, 8, 1),
     (True, "keys", 64): (16, 16, 4, 1),

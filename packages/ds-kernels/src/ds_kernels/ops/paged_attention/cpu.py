@@ -5,6 +5,8 @@ Sequences with one query go to the decoding loop (memory bound), those with more
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import torch
 from torch import Tensor
 
@@ -35,7 +37,7 @@ def paged_attention(
         f"paged_attention: context_lens has {max(lengths, default=0)}; expected at most {capacity}, "
         f"{block_tables.shape[1]} pages of {k_cache.shape[2]} in a row of block_tables",
     )
-    queries = [b - a for a, b in zip(ends[:-1], ends[1:], strict=True)]
+    queries = [b - a for a, b in pairwise(ends)]
     if not cpu_tiles.takes(q) or not q.numel() or not k_cache.numel():
         return _gathered(q, k_cache, v_cache, block_tables, cu_q, queries, lengths, window, scale)
     table = block_tables.to(torch.int32).contiguous()
@@ -63,7 +65,7 @@ def _gathered(
             continue
         used = block_tables[i, : -(-length // k_cache.shape[2])]
         require(
-            0 <= int(used.min()) and int(used.max()) < k_cache.shape[0],
+            int(used.min()) >= 0 and int(used.max()) < k_cache.shape[0],
             f"paged_attention: block_tables names a page outside the cache's {k_cache.shape[0]}",
         )
         k, v = (reference.gather_pages(cache, block_tables[i], length) for cache in (k_cache, v_cache))

@@ -155,18 +155,40 @@ def _outputs(code, o, s, heads, group, keys, v_at, head_bytes, dim, width):
                     first += 16 * size
 
 
+@njit(inline="never")
+def _locate(a, table, start, keys, k_at, v_at):
+    """The addresses of the rows of keys and values from `start` on, those of keys filled up to a multiple of 16."""
+    size, itemsize = a[15], 4 if a[14] == 0 else 2
+    j, place, row = 0, start // size, start % size
+    while j < keys:
+        page = np.int64(table[place])
+        if page < 0 or page >= a[16]:
+            i64_array(a, 10, 1)[0] = 1
+            page = np.int64(0)
+        here = min(keys - j, size - row)
+        k_first = a[4] + itemsize * (page * a[22] + row * a[24])
+        v_first = a[5] + itemsize * (page * a[25] + row * a[27])
+        for i in range(here):
+            k_at[j + i] = k_first + itemsize * i * a[24]
+            v_at[j + i] = v_first + itemsize * i * a[27]
+        j, place, row = j + here, place + 1, 0
+    for j in range(keys, (keys + 15) // 16 * 16):
+        k_at[j] = k_at[keys - 1]
+
+
 @kernel
 def decode(a):
     """Slots: q, k_cache, v_cache, out, partial, block table, sequences, error (int64: set where a page is not there);
     heads, kv_heads, dim, code, page size, pages, window, scale, splits; strides of q (token, head), k (page, head,
-    row), v (page, head, row), block table; number of sequences. `sequences` holds (token, context length, table row)."""
-    heads, kv_heads, dim, code, size, pages = a[11], a[12], a[13], a[14], a[15], a[16]
+    row), v (page, head, row), block table; sequences. `sequences`: (token, context length, table row) each."""
+    heads, kv_heads, dim, code = a[11], a[12], a[13], a[14]
     window, scale, splits = a[17], np.float32(float_at(a, 18) * LOG2E), a[19]
     group, itemsize = heads // kv_heads, 4 if code == 0 else 2
     pairs, width = HAS_BF16_DOT and code == BF16 and dim % 32 == 0, dim * itemsize
     records = i64_array(a, 9, 3 * a[29])
     query, query16 = np.empty(heads * dim, np.float32), np.empty(heads * dim, np.uint16)
     s, o = np.empty(heads * SPLIT, np.float32), np.empty(heads * dim, np.float32)
+    heights, totals = np.empty(heads, np.float32), np.empty(heads, np.float32)
     k_at, v_at, lanes = np.empty(SPLIT, np.int64), np.empty(SPLIT, np.int64), np.zeros(48, np.float32)
     low = take(a)
     while low < total(a):
@@ -179,21 +201,7 @@ def decode(a):
                 continue
             keys = max(0, min(SPLIT, length - start))
             table = i32_array(a, 8, (sequence + 1) * a[28])[sequence * a[28] :]
-            j, place, row = 0, start // size, start % size
-            while j < keys:
-                page = np.int64(table[place])
-                if page < 0 or page >= pages:
-                    i64_array(a, 10, 1)[0] = 1
-                    page = 0
-                here = min(keys - j, size - row)
-                k_first = a[4] + itemsize * (page * a[22] + row * a[24])
-                v_first = a[5] + itemsize * (page * a[25] + row * a[27])
-                for i in range(here):
-                    k_at[j + i] = k_first + itemsize * i * a[24]
-                    v_at[j + i] = v_first + itemsize * i * a[27]
-                j, place, row = j + here, place + 1, 0
-            for j in range(keys, (keys + 15) // 16 * 16):
-                k_at[j] = k_at[keys - 1]
+            _locate(a, table, start, keys, k_at, v_at)
             for h in range(heads):
                 load(a, 3, code, token * a[20] + h * a[21], dim, query[h * dim : (h + 1) * dim])
             if pairs:
@@ -205,23 +213,18 @@ def decode(a):
             several = length - begin > SPLIT
             begins, step = (index * heads * splits + split) * (dim + EXTRA), splits * (dim + EXTRA)
             for h in range(heads):
-                weights = s[h * SPLIT : (h + 1) * SPLIT]
-                highest, sum_ = _weights(weights, keys, scale, lanes)
-                if several:
-                    partial = f32_array(a, 7, begins + h * step + EXTRA)[begins + h * step :]
-                    partial[0], partial[1] = highest, sum_
-                elif sum_ != np.float32(0.0):
-                    inverse = np.float32(1.0) / sum_
-                    for j in range(keys):
-                        weights[j] *= inverse
+                highest, sum_ = _weights(s[h * SPLIT : (h + 1) * SPLIT], keys, scale, lanes)
+                heights[h], totals[h] = highest, sum_
             _outputs(code, o.ctypes.data, s.ctypes.data, kv_heads, group, keys, v_at, itemsize * a[26], dim, width)
             for h in range(heads):
-                row_out = o[h * dim : (h + 1) * dim]
+                row = o[h * dim : (h + 1) * dim]
                 if several:
-                    there = begins + h * step + EXTRA
-                    f32_array(a, 7, there + dim)[there:] = row_out
+                    there = begins + h * step
+                    partial = f32_array(a, 7, there + EXTRA + dim)[there:]
+                    partial[0], partial[1], partial[EXTRA:] = heights[h], totals[h], row
                 else:
-                    store(a, 6, code, (token * heads + h) * dim, dim, row_out)
+                    row *= np.float32(1.0) / totals[h] if totals[h] != 0.0 else np.float32(0.0)
+                    store(a, 6, code, (token * heads + h) * dim, dim, row)
         low = take(a)
 
 

@@ -111,8 +111,10 @@ def write_kv(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slots: Tens
         KernelArgumentError: shapes, dtypes or devices that do not fit; on the CPU also a slot outside the cache.
     """
     name = "write_kv"
-    require(k.dim() == 3 and k.shape == v.shape,
-            f"{name}: k has shape {tuple(k.shape)}, v {tuple(v.shape)}; expected both [tokens, kv_heads, dim]")  # fmt: skip
+    require(
+        k.dim() == 3 and k.shape == v.shape,
+        f"{name}: k has shape {tuple(k.shape)}, v {tuple(v.shape)}; expected both [tokens, kv_heads, dim]",
+    )
     _check_caches(name, k, k_cache, v_cache, v=v, slots=slots)
     require(k.shape[1] == k_cache.shape[1], f"{name}: k has {k.shape[1]} heads, the cache {k_cache.shape[1]}")
     check_dtype(name, "slots", slots, INTS)
