@@ -11,12 +11,13 @@ from __future__ import annotations
 import argparse
 import dataclasses
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from _kernels import Call, KernelBench, options, triad
 from torch import Tensor
 
-from ds_kernels import QuantizedWeight, linear, quantize_weight
+from ds_kernels import QuantizedWeight, bind_linear, linear, quantize_weight
 
 SHAPES = {
     "kv 192x576": (192, 576),
@@ -81,6 +82,10 @@ def formats(weight: Tensor, x: Tensor, group_size: int) -> dict[str, tuple[int, 
     """Weight format -> (bytes of one packed weight, contender -> calls over `count` copies of it)."""
     outputs, columns = weight.shape
 
+    def bound(copy: Callable[[], Any], bits: int | None = None) -> Ring:
+        y = torch.empty(x.shape[0], outputs, dtype=x.dtype, device=x.device)
+        return lambda count: [bind_linear(x, copy(), y, activation_bits=bits) for _ in range(count)]
+
     def over(copy: Callable[[], object], use: Callable[[object], object]) -> Ring:
         def make(count: int) -> list[Call]:
             copies = [copy() for _ in range(count)]
@@ -94,6 +99,7 @@ def formats(weight: Tensor, x: Tensor, group_size: int) -> dict[str, tuple[int, 
         "bf16": (
             dense.nbytes,
             {
+                "ours bound": bound(dense.clone),
                 "ours": over(dense.clone, lambda w: linear(x, w)),
                 "torch F.linear": over(dense.clone, lambda w: torch.nn.functional.linear(x, w)),
             },
@@ -103,6 +109,8 @@ def formats(weight: Tensor, x: Tensor, group_size: int) -> dict[str, tuple[int, 
         found[kind] = (
             packed.nbytes,
             {
+                "ours bound A16": bound(lambda packed=packed: clone(packed)),
+                "ours bound A8": bound(lambda packed=packed: clone(packed), 8),
                 "ours A16": over(lambda packed=packed: clone(packed), lambda w: linear(x, w)),
                 "ours A8": over(lambda packed=packed: clone(packed), lambda w: linear(x, w, activation_bits=8)),
             },

@@ -11,7 +11,7 @@ import torch
 from numerics import DTYPES, assert_accurate
 from torch import Tensor
 
-from ds_kernels import KernelArgumentError, QuantizedWeight, linear, quantize_weight, use_backend
+from ds_kernels import KernelArgumentError, QuantizedWeight, bind_linear, linear, quantize_weight, use_backend
 from ds_kernels.ops.linear.reference import quantize_activations
 from ds_kernels.ops.linear.weight import pack, unpack
 
@@ -235,3 +235,17 @@ def test_bad_input() -> None:
         linear(x.bfloat16(), weight)
     with pytest.raises(KernelArgumentError, match="weight is on cpu"):
         linear(x.to("meta"), packed)
+
+
+@pytest.mark.parametrize("rows", [1, 3, 20])
+def test_bound_to_buffers(backend: str, rows: int) -> None:
+    x, bias = torch.randn(rows, 96).bfloat16(), torch.randn(40).bfloat16()
+    for weight in (made(40, 96, 4, False), torch.randn(40, 96).bfloat16()):
+        y = torch.empty(rows, 40, dtype=torch.bfloat16)
+        call = bind_linear(x, weight, y, bias)
+        for _ in range(2):
+            x.normal_()
+            call()
+            assert torch.equal(y, linear(x, weight, bias))
+    with pytest.raises(KernelArgumentError, match=r"y is torch.bfloat16 \(\d+, 40\)"):
+        bind_linear(x, weight, torch.empty(rows + 1, 40, dtype=torch.bfloat16))

@@ -37,7 +37,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["FASTMATH", "HAS_NUMBA", "HEAD", "Kernel", "kernel", "launch"]
+__all__ = ["FASTMATH", "HAS_NUMBA", "HEAD", "Kernel", "bind", "kernel", "launch"]
 
 HAS_NUMBA: bool = importlib.util.find_spec("numba") is not None and os.environ.get("DS_KERNELS_NUMBA", "1") != "0"
 """Whether numba is installed and not switched off by DS_KERNELS_NUMBA=0."""
@@ -108,9 +108,27 @@ def launch(function: Kernel, *args: Tensor | int | float, items: int, grain: int
 
     Tensors must be alive until it returns, contiguous as the kernel expects, and on the CPU: nothing is checked here.
     """
+    _run(function, _pack(args, items, grain), -(-items // grain))
+
+
+def bind(function: Kernel, *args: Tensor | int | float, items: int, grain: int = 1) -> Callable[[], None]:
+    """`launch` prepared: a call runs the kernel on the same arguments, which it keeps alive. Not reentrant."""
+    slots, grains = _pack(args, items, grain), -(-items // grain)
+
+    def run(_alive: tuple[Any, ...] = args) -> None:
+        slots[0] = 0
+        _run(function, slots, grains)
+
+    return run
+
+
+def _pack(args: tuple[Tensor | int | float, ...], items: int, grain: int) -> Any:
     words = [argument if argument.__class__ is int else _word(argument) for argument in args]
-    slots = _slots(HEAD + len(words))(0, items, grain, *words)
-    threads = min(torch.get_num_threads(), -(-items // grain))
+    return _slots(HEAD + len(words))(0, items, grain, *words)
+
+
+def _run(function: Kernel, slots: Any, grains: int) -> None:
+    threads = min(torch.get_num_threads(), grains)
     parallel = _gomp_parallel() if threads > 1 else None
     if parallel is None:
         function.call(slots)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ds_kernels.ops.linear.op import linear
+from ds_kernels.ops.linear.op import bind_linear, linear
 from ds_kernels.ops.linear.weight import QuantizedWeight, quantize_weight
 
-__all__ = ["QuantizedWeight", "linear", "quantize_weight"]
+__all__ = ["QuantizedWeight", "bind_linear", "linear", "quantize_weight"]

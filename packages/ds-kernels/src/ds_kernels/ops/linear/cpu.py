@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import functools
 import importlib
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ds_kernels._cpu.dtypes import CODES
-from ds_kernels._cpu.launch import HAS_NUMBA, launch
+from ds_kernels._cpu.launch import HAS_NUMBA, bind, launch
 from ds_kernels.ops.linear import reference
 from ds_kernels.ops.linear.weight import PANEL, QuantizedWeight, middle
 
-__all__ = ["FEW_ROWS", "linear", "linear_backward", "linear_bf16", "takes_bf16"]
+__all__ = ["FEW_ROWS", "bound", "linear", "linear_backward", "linear_bf16", "takes_bf16"]
 
 FEW_ROWS = 8
 """Activation rows that one pass over the weights serves."""
@@ -29,14 +30,22 @@ WEIGHT_ROWS = {1: 8, 2: 4, 4: 4, 8: 2}
 def linear(x: Tensor, weight: QuantizedWeight, bias: Tensor | None, activation_bits: int | None) -> Tensor:
     """As the reference, with activations of 16 bits (24 for fp32) per group of columns: see `cpu_numba`."""
     code = CODES.get(x.dtype)
-    bias_code = 0 if bias is None else CODES.get(bias.dtype)
-    if not HAS_NUMBA or code is None or bias_code is None:
+    if not HAS_NUMBA or code is None or (bias is not None and bias.dtype not in CODES):
         return _chunked(x, weight, bias, activation_bits)
+    y = torch.empty((*x.shape[:-1], weight.outputs), dtype=x.dtype)
+    if x.numel():
+        _quantised(launch, x, weight, bias, y, activation_bits)
+    return y
+
+
+def _quantised(
+    start: Callable[..., Any], x: Tensor, weight: QuantizedWeight, bias: Tensor | None, y: Tensor,
+    activation_bits: int | None,
+) -> Any:  # fmt: skip
+    """`start` (`launch`, or `bind` for few rows) the kernel that fills y."""
+    code, bias_code = CODES[x.dtype], 0 if bias is None else CODES[bias.dtype]
     columns, depth, group, bits, outputs = weight.columns, weight.depth, weight.group_size, weight.bits, weight.outputs
     rows = x.numel() // columns
-    y = torch.empty((*x.shape[:-1], outputs), dtype=x.dtype)
-    if not rows:
-        return y
     kernels = _kernels()
     planes = 1 if activation_bits == 8 else 3 if code == 0 else 2
     block = _block(rows)
@@ -51,13 +60,26 @@ def linear(x: Tensor, weight: QuantizedWeight, bias: Tensor | None, activation_b
             items=blocks,
         )  # fmt: skip
     centre = weight.centre
-    launch(
+    return start(
         kernels.QUANTISED[bits, planes, 0 if centre is None else 1], x, weight.codes, weight.scale,
         0 if centre is None else centre, 0 if bias is None else bias, y, words, facts, rows, outputs, columns, depth,
         group, block, code, bias_code,
         items=-(-outputs // PANEL), grain=max(1, GRAIN_NBYTES // (2 * bits * depth)) if rows <= block else 1,
     )  # fmt: skip
-    return y
+
+
+def bound(
+    x: Tensor, weight: Tensor | QuantizedWeight, bias: Tensor | None, y: Tensor, activation_bits: int | None
+) -> Callable[[], None] | None:
+    """A call that fills y from what x holds by then, or None where no kernel of ours takes these."""
+    if isinstance(weight, Tensor):
+        found: Callable[[], None] | None = _rows_bf16(bind, x, weight, bias, y) if takes_bf16(x, weight, bias) else None
+        return found
+    few = 0 < x.numel() <= FEW_ROWS * weight.columns
+    if not (HAS_NUMBA and few and x.dtype in CODES and (bias is None or bias.dtype in CODES)):
+        return None
+    ready: Callable[[], None] = _quantised(bind, x, weight, bias, y, activation_bits)
+    return ready
 
 
 @functools.cache
@@ -108,14 +130,18 @@ def takes_bf16(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
 
 def linear_bf16(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """x @ weight.T + bias for what `takes_bf16` takes: products of bf16, sums in fp32, rounded once."""
+    y = torch.empty((*x.shape[:-1], weight.shape[0]), dtype=x.dtype)
+    _rows_bf16(launch, x, weight, bias, y)
+    return y
+
+
+def _rows_bf16(start: Callable[..., Any], x: Tensor, weight: Tensor, bias: Tensor | None, y: Tensor) -> Any:
     outputs, columns = weight.shape
     rows = x.numel() // columns
-    y = torch.empty((*x.shape[:-1], outputs), dtype=x.dtype)
     block = _block(rows)
     weights = WEIGHT_ROWS[block]
-    launch(
+    return start(
         _kernels().BF16_ROWS, x, weight, 0 if bias is None else bias, y, rows, outputs, columns, block, weights,
         0 if bias is None else CODES[bias.dtype],
         items=-(-outputs // weights), grain=max(1, GRAIN_NBYTES // (2 * columns * weights)),
     )  # fmt: skip
-    return y

@@ -100,8 +100,9 @@ def _linear(
     tl.store(y + rows[:, None] * outputs + out[None, :], acc.to(y.dtype.element_ty), mask)
 
 
-def _block_columns(group_size: int) -> int:
-    return 64 if group_size % 64 == 0 else 32
+def _block_columns(group_size: int, whole: bool) -> int:
+    """Columns of a tile; fp32 products do not run on tensor cores and would spill registers with larger ones."""
+    return 64 if group_size % 64 == 0 and not whole else 32
 
 
 def linear(x: Tensor, weight: QuantizedWeight, bias: Tensor | None, activation_bits: int | None) -> Tensor:
@@ -118,9 +119,8 @@ def linear(x: Tensor, weight: QuantizedWeight, bias: Tensor | None, activation_b
     num_rows = x.numel() // weight.columns
     panels, groups = weight.codes.shape[0], weight.scale.shape[1]
     y = torch.empty((*x.shape[:-1], weight.outputs), dtype=x.dtype, device=x.device)
-    # fp32 products do not run on tensor cores: a tall tile would spill registers there
-    block_rows = 16 if num_rows <= 16 or (x.dtype == torch.float32 and unit is None) else 64
-    block_columns = _block_columns(weight.group_size)
+    whole = x.dtype == torch.float32 and unit is None
+    block_rows, block_columns = 16 if num_rows <= 16 or whole else 64, _block_columns(weight.group_size, whole)
     int_dot = unit is not None and block_columns * weight.bits // 8 >= 32
     grid = (triton.cdiv(panels, PANELS), triton.cdiv(num_rows, block_rows))
     _linear[grid](
@@ -146,7 +146,7 @@ def builds() -> Iterator[Build]:
             "x": "*i8" if a8 else f"*{name}", "codes": "*u8", "scale": "*bf16", "centre": "*bf16", "unit": "*fp32",
             "bias": f"*{name}", "y": f"*{name}",
         }  # fmt: skip
-        block_columns = _block_columns(group)
+        block_columns = _block_columns(group, dtype == torch.float32 and not a8)
         constants = {
             "BITS": bits, "GROUP": group, "CENTRED": centred, "HAS_UNIT": a8, "HAS_BIAS": True,
             "INT_DOT": a8 and block_columns * bits // 8 >= 32, "BLOCK_ROWS": block_rows,
