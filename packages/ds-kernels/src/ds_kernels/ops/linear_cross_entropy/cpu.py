@@ -197,11 +197,11 @@ def _spread(kept: Tensor, keep: Tensor | None, like: Tensor) -> Tensor:
 
 
 def _chunk_rows(rows: int, vocabulary: int, itemsize: int) -> int:
-    """Rows whose logits are kept at a time: a third of them in 16 bits, a sixth in 32, within the limits."""
+    """Rows whose logits are kept at a time: a third of them in 16 bits, a seventh in 32, within the limits."""
     row_nbytes = vocabulary * itemsize
     if rows * row_nbytes <= SMALL_NBYTES:
         return max(1, rows)
-    share = -(-2 * rows // (3 * itemsize))
+    share = -(-rows // (3 if itemsize == 2 else 7))
     largest = max(32, LARGE_NBYTES // row_nbytes)
     return -(-min(share, largest) // 8) * 8
 
