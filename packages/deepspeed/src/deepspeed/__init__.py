@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from deepspeed.errors import DeepSpeedConfigError
     from deepspeed.initialize import add_config_arguments, initialize
     from deepspeed.ops.transformer import DeepSpeedTransformerConfig, DeepSpeedTransformerLayer
+    from deepspeed.optimizers import set_optimizer_flags
     from deepspeed.runtime import zero
     from deepspeed.runtime.activation_checkpointing import checkpointing
     from deepspeed.runtime.base_optimizer import (
@@ -80,6 +81,7 @@ _NAMES = {
     "initialize": "deepspeed.initialize:initialize",
     "log_dist": "deepspeed.utils.logging:log_dist",
     "logger": "deepspeed.utils.logging:logger",
+    "set_optimizer_flags": "deepspeed.optimizers:set_optimizer_flags",
     "zero": "deepspeed.runtime.zero",
 }
 _SUBMODULES = (
@@ -113,7 +115,6 @@ _LATER = {
     "replace_transformer_layer": "ds-inference",
     "sequence": "sequence parallelism, a later part of ds-zero",
     "set_autotp_mode": _TENSOR_PARALLEL,
-    "set_optimizer_flags": "the Muon optimizer, a later part of ds-kernels",
     "tp_model_init": _TENSOR_PARALLEL,
 }
 
@@ -172,6 +173,7 @@ __all__ = [
     "monitor",
     "ops",
     "runtime",
+    "set_optimizer_flags",
     "utils",
     "zero",
 ]

@@ -1,6 +1,6 @@
 """Optimizers and a layer under upstream's import paths. Nothing here is compiled: no op builder, no C++ toolchain."""
 
-from deepspeed.ops import adagrad, adam, lion, transformer
+from deepspeed.ops import adagrad, adam, lamb, lion, transformer
 from deepspeed.ops.transformer import DeepSpeedTransformerConfig, DeepSpeedTransformerLayer
 
 __all__ = [
@@ -9,6 +9,7 @@ __all__ = [
     "__compatible_ops__",
     "adagrad",
     "adam",
+    "lamb",
     "lion",
     "transformer",
 ]
