@@ -29,7 +29,7 @@ TILE = 2048
 """Classes of a tile: with some hundred rows its logits, and its part of the weight, fit the cache."""
 ROWS = 2048
 """Rows at a time where logits are not kept."""
-SMALL_NBYTES, LARGE_NBYTES = 16 << 20, 112 << 20
+SMALL_NBYTES, LARGE_NBYTES = 16 << 20, 96 << 20
 """Kept logits of one chunk: no need to cut below the first, never more than the second."""
 
 
