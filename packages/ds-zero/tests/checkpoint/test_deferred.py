@@ -250,6 +250,7 @@ def test_filling_the_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     path = tmp_path / "x"
     path.write_bytes(bytes(range(256)) * 40_000)
     populated: list[int] = []
+    monkeypatch.setattr(os, "sched_setscheduler", lambda thread, policy, parameter: None)  # this is the main thread
     monkeypatch.setattr(diskio, "_populate", lambda window, nbytes: populated.append(nbytes))
     monkeypatch.setattr(diskio, "_FILL_NBYTES", 4 << 20)
     monkeypatch.setattr(diskio.os, "major", lambda device: 8)
@@ -262,5 +263,8 @@ def test_filling_the_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     diskio.fill_cache(path, 1, lambda: True)
     assert not populated
     monkeypatch.undo()
-    diskio.fill_cache(path, 1, lambda: True)
+    filler = threading.Thread(target=diskio.fill_cache, args=(path, 1, lambda: True))
+    filler.start()
+    filler.join()
+    assert os.sched_getscheduler(0) == os.SCHED_OTHER  # of this thread
     assert path.read_bytes() == bytes(range(256)) * 40_000
