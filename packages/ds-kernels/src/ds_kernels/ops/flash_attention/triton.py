@@ -251,7 +251,7 @@ _TILES = {  # (fp32?, kernel, padded dim) -> tile of queries, tile of keys, warp
     (False, "keys", 128): (16, 32, 4, 2),
     (False, "queries", 64): (32, 32, 4, 2),
     (False, "queries", 128): (32, 16, 4, 2),
-    (True, "forward", 64): (32, 16, 8, 1),
+    (True, "forward", 64): (16, 16, 4, 1),
     (True, "forward", 128): (16, 16, 8, 1),
     (True, "forward", 256): (16, 16, 8, 1),
     (True, "keys", 64): (16, 16, 4, 1),
