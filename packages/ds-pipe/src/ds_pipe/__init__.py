@@ -1,12 +1,194 @@
 """Pipeline parallelism for PyTorch with schedules as plain data.
 
-This release holds the package's name and version only. Schedules (GPipe, 1F1B, interleaved, zero-bubble) as lists of
-actions that are generated, validated, simulated and drawn without ranks, and the executor that runs them, come with
-later releases.
+The planning half, which needs neither torch nor ranks: schedules (`schedule`) that are generated, proven, simulated,
+chosen and drawn; optimal splits of layers into stages (`partition`); rank grids (`topology`); upstream's schedule
+classes (`upstream`). The executor that runs a plan comes next. Names are imported when they are first used.
 """
 
 from __future__ import annotations
 
+import importlib
+from typing import TYPE_CHECKING, Any
+
 from ds_pipe.__about__ import __version__
 
-__all__ = ["__version__"]
+if TYPE_CHECKING:
+    from ds_pipe.errors import PartitionError, ScheduleError
+    from ds_pipe.partition import balanced, partition_layers, uniform
+    from ds_pipe.schedule import (
+        SCHEDULES,
+        Action,
+        Choice,
+        Costs,
+        Measured,
+        Program,
+        Recv,
+        Schedule,
+        Send,
+        Simulation,
+        Span,
+        Transfer,
+        Verdict,
+        build,
+        check_program,
+        choose,
+        gpipe,
+        inference,
+        interleaved,
+        lower,
+        one_f_one_b,
+        simulate,
+        to_svg,
+        to_text,
+        to_trace,
+        validate,
+        zb_h1,
+        zb_v,
+    )
+    from ds_pipe.topology import PipeDataParallelTopology, PipeModelDataParallelTopology, ProcessTopology
+    from ds_pipe.upstream import (
+        BackwardPass,
+        BufferOpInstruction,
+        DataParallelSchedule,
+        ForwardPass,
+        InferenceSchedule,
+        LoadMicroBatch,
+        OptimizerStep,
+        PipeInstruction,
+        PipeSchedule,
+        RecvActivation,
+        RecvGrad,
+        ReduceGrads,
+        ReduceTiedGrads,
+        SendActivation,
+        SendGrad,
+        TrainSchedule,
+    )
+
+_NAMES = {
+    "errors": ("PartitionError", "ScheduleError"),
+    "partition": ("balanced", "partition_layers", "uniform"),
+    "schedule": (
+        "SCHEDULES",
+        "Action",
+        "Choice",
+        "Costs",
+        "Measured",
+        "Program",
+        "Recv",
+        "Schedule",
+        "Send",
+        "Simulation",
+        "Span",
+        "Transfer",
+        "Verdict",
+        "build",
+        "check_program",
+        "choose",
+        "gpipe",
+        "inference",
+        "interleaved",
+        "lower",
+        "one_f_one_b",
+        "simulate",
+        "to_svg",
+        "to_text",
+        "to_trace",
+        "validate",
+        "zb_h1",
+        "zb_v",
+    ),
+    "topology": ("PipeDataParallelTopology", "PipeModelDataParallelTopology", "ProcessTopology"),
+    "upstream": (
+        "BackwardPass",
+        "BufferOpInstruction",
+        "DataParallelSchedule",
+        "ForwardPass",
+        "InferenceSchedule",
+        "LoadMicroBatch",
+        "OptimizerStep",
+        "PipeInstruction",
+        "PipeSchedule",
+        "RecvActivation",
+        "RecvGrad",
+        "ReduceGrads",
+        "ReduceTiedGrads",
+        "SendActivation",
+        "SendGrad",
+        "TrainSchedule",
+    ),
+}
+_HOMES = {name: module for module, names in _NAMES.items() for name in names}
+
+__all__ = [
+    "__version__",
+    # errors
+    "PartitionError",
+    "ScheduleError",
+    # partition
+    "balanced",
+    "partition_layers",
+    "uniform",
+    # schedule
+    "SCHEDULES",
+    "Action",
+    "Choice",
+    "Costs",
+    "Measured",
+    "Program",
+    "Recv",
+    "Schedule",
+    "Send",
+    "Simulation",
+    "Span",
+    "Transfer",
+    "Verdict",
+    "build",
+    "check_program",
+    "choose",
+    "gpipe",
+    "inference",
+    "interleaved",
+    "lower",
+    "one_f_one_b",
+    "simulate",
+    "to_svg",
+    "to_text",
+    "to_trace",
+    "validate",
+    "zb_h1",
+    "zb_v",
+    # topology
+    "PipeDataParallelTopology",
+    "PipeModelDataParallelTopology",
+    "ProcessTopology",
+    # upstream
+    "BackwardPass",
+    "BufferOpInstruction",
+    "DataParallelSchedule",
+    "ForwardPass",
+    "InferenceSchedule",
+    "LoadMicroBatch",
+    "OptimizerStep",
+    "PipeInstruction",
+    "PipeSchedule",
+    "RecvActivation",
+    "RecvGrad",
+    "ReduceGrads",
+    "ReduceTiedGrads",
+    "SendActivation",
+    "SendGrad",
+    "TrainSchedule",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

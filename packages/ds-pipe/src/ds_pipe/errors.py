@@ -1,8 +1,8 @@
 """What ds-pipe raises when a plan cannot be made or is wrong; each class is also the builtin that says as much.
 
-    ValueError
-     +- ScheduleError      a schedule that breaks a rule, or cannot be generated from these numbers
-     +- PartitionError     layers that cannot be split into these stages
+ValueError
+ +- ScheduleError      a schedule that breaks a rule, or cannot be generated from these numbers
+ +- PartitionError     layers that cannot be split into these stages
 """
 
 from __future__ import annotations

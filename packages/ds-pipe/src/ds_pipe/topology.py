@@ -26,8 +26,11 @@ class ProcessTopology:
         self.axes = list(axes)
         self.dims = [int(dim) for dim in dims]
         if len(self.axes) != len(self.dims) or len(set(self.axes)) != len(self.axes) or min(self.dims, default=1) < 1:
-            raise ValueError(f"axes {self.axes} with dims {self.dims}; expected distinct axes, each with a dim of 1 or more")
-        self.ProcessCoord = namedtuple("ProcessCoord", self.axes)  # type: ignore[misc]  # its fields are known here only
+            raise ValueError(
+                f"axes {self.axes} with dims {self.dims}; expected distinct axes, each with a dim of 1 or more"
+            )
+        make: Any = namedtuple  # its fields are known at run time only
+        self.ProcessCoord = make("ProcessCoord", self.axes)
         coords = product(*map(range, self.dims))
         self.mapping: dict[Any, int] = {self.ProcessCoord(*coord): rank for rank, coord in enumerate(coords)}
         self._coords = list(self.mapping)

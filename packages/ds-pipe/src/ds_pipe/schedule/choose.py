@@ -85,7 +85,12 @@ def build(name: str, num_stages: int, num_micro_batches: int, num_chunks: int | 
 
 
 def choose(
-    costs: Costs, num_stages: int, num_micro_batches: int, memory_cap: Time | None = None, *, max_chunks: int = _MAX_CHUNKS
+    costs: Costs,
+    num_stages: int,
+    num_micro_batches: int,
+    memory_cap: Time | None = None,
+    *,
+    max_chunks: int = _MAX_CHUNKS,
 ) -> Choice:
     """The training schedule with the least simulated makespan whose activations fit.
 
@@ -101,10 +106,10 @@ def choose(
         if verdict.simulation and (memory_cap is None or verdict.peak_activation <= memory_cap)
     ]
     if not fits:
-        verdicts = "\n".join(f"  {_explain(verdict, None, memory_cap)}" for verdict in tried)
+        reasons = "\n".join(f"  {_explain(verdict, None, memory_cap)}" for verdict in tried)
         raise ScheduleError(
             f"no schedule of {num_stages} stages and {num_micro_batches} micro-batches fits memory_cap={memory_cap}; "
-            f"raise the cap, use more stages or checkpoint activations:\n{verdicts}"
+            f"raise the cap, use more stages or checkpoint activations:\n{reasons}"
         )
     winner = min(fits, key=lambda found: found[:3])[3]
     assert winner.simulation is not None

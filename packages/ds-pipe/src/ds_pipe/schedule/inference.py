@@ -14,8 +14,6 @@ __all__ = ["inference"]
 def inference(num_stages: int, num_micro_batches: int) -> Schedule:
     """The forward-only schedule; peak live activations are 1 on every stage."""
     check_sizes("inference", num_stages, num_micro_batches)
-    actions = tuple(
-        tuple(Action("F", stage, i) for i in range(num_micro_batches)) for stage in range(num_stages)
-    )
+    actions = tuple(tuple(Action("F", stage, i) for i in range(num_micro_batches)) for stage in range(num_stages))
     placement = looped_placement(num_stages)
     return Schedule("inference", num_stages, num_micro_batches, 1, placement, actions, (1,) * num_stages)

@@ -1,7 +1,7 @@
 """What a schedule costs before anything runs: time line, makespan, bubbles, memory.
 
 `Costs` says how long each kind of work takes on each virtual stage (any unit; ints and Fractions keep the results
-exact), what a message adds, and how much one activation takes. `simulate` plays the schedule (event-driven, O(actions)).
+exact), what a message adds, and how much one activation takes. `simulate` plays the schedule by events, O(actions).
 
 Two numbers say how much time is lost, W being the work of a stage averaged over the p stages:
 
@@ -14,6 +14,7 @@ shifts. The second also counts the ramp of a single step. They are equal for gpi
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
@@ -84,7 +85,7 @@ class Costs:
         """Costs of larger pieces: piece j is the sum of entries bounds[j] .. bounds[j + 1] - 1."""
 
         def summed(values: tuple[Time, ...]) -> tuple[Time, ...]:
-            return tuple(sum(values[a:b]) for a, b in zip(bounds, bounds[1:], strict=False))
+            return tuple(sum(values[a:b]) for a, b in itertools.pairwise(bounds))
 
         return Costs(
             summed(self.forward),

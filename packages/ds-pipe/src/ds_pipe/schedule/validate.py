@@ -2,8 +2,8 @@
 
 In order: sizes and placement fit; each stage does every kind of work once per micro-batch and chunk and nothing else;
 weight gradients come in ascending micro-batches; I comes before its W and F before both; the stages' orders do not
-contradict each other; the live activations of each stage reach exactly its claim; the lowered program matches every send
-with a receive and does not deadlock with blocking sends.
+contradict each other; the live activations of each stage reach exactly its claim; the lowered program matches every
+send with a receive and does not deadlock with blocking sends.
 """
 
 from __future__ import annotations
@@ -36,7 +36,8 @@ def _check_shape(schedule: Schedule) -> None:
             raise ScheduleError(f"{name}: {what} are given for {found} stages; expected {num_stages}")
     if sorted(schedule.placement) != sorted(list(range(num_stages)) * schedule.num_chunks):
         raise ScheduleError(
-            f"{name}: placement is {schedule.placement}; expected each of {num_stages} stages {schedule.num_chunks} times"
+            f"{name}: placement is {schedule.placement}; expected each of {num_stages} stages "
+            f"{schedule.num_chunks} times"
         )
 
 
@@ -66,8 +67,8 @@ def _check_stage(schedule: Schedule, stage: int) -> None:
                     "gradients add up in ascending order, so that sums have the bits of the unsplit model"
                 )
             next_weight[chunk] += 1
-    for kind, chunks in seen.items():
-        for chunk, row in enumerate(chunks):
+    for each, rows in seen.items():
+        for chunk, row in enumerate(rows):
             if 0 in row:
                 at = f"micro-batch {row.index(0)}, chunk {chunk}"
-                raise ScheduleError(f"{name}: stage {stage} never does {kind} of {at}")
+                raise ScheduleError(f"{name}: stage {stage} never does {each} of {at}")

@@ -1,8 +1,9 @@
-"""ZB-H1: backward split into I (input gradient) and W (weight gradient); W fills the gaps (arXiv:2401.10241, section 3).
+"""ZB-H1: backward split into I (input gradient) and W (weight gradient) that fills gaps (arXiv:2401.10241, section 3).
 
 With F = I = W = 1 the step takes max(3m + p - 1, 2m + 2p - 1): a bubble fraction of (p - 1)/(3m + p - 1) from m = p
-micro-batches on, a third of 1F1B's, because only an I and not a whole backward stands between a stage and the next
-one. It keeps 1F1B's largest memory, p activations, but needs it on every stage: stage s does its W s micro-batches late.
+micro-batches on, a third of 1F1B's, because only an I and not a whole backward stands between a stage and the next.
+A single step cannot be shorter than that whatever the memory, as the last stage starts p - 1 late and works 3m. It
+keeps 1F1B's largest memory, p activations, but needs it on every stage: stage s does its W s micro-batches late.
 """
 
 from __future__ import annotations

@@ -38,9 +38,7 @@ _I1: _Step = ("I", 1)
 def zb_v(num_stages: int, num_micro_batches: int) -> Schedule:
     """The ZB-V schedule; peak live chunk activations are 2 min(num_micro_batches, num_stages) on every stage."""
     check_sizes("zb_v", num_stages, num_micro_batches)
-    ends: dict[tuple[str, int], list[int]] = {
-        (kind, virtual): [] for kind in "FI" for virtual in range(2 * num_stages)
-    }
+    ends: dict[tuple[str, int], list[int]] = {(kind, virtual): [] for kind in "FI" for virtual in range(2 * num_stages)}
     stages = [_Stage(stage, num_stages, num_micro_batches) for stage in range(num_stages)]
     todo = stages
     now = 0
