@@ -4,11 +4,12 @@ A split of n items into p parts is its bounds (0 = b0 < b1 < .. < bp = n): part 
 no part is empty. The weight of a part is the sum of its items plus the part's fixed `extra` (an embedding, a head).
 
 `balanced` first finds the least possible maximum by dynamic programming over prefixes: best[j][i] is the least over the
-last bound h of max(best[j - 1][h], weight(h, i) + extra[j]). Parts heavier than a split in hand cannot help and
-are never looked at, which leaves about n/p bounds per cell. Among the splits that reach this maximum, a second pass of
-the same shape takes the one with the least sum of squares of the parts, that is the most even one; of equals the one
-whose bounds are smallest, read from the last. Weights are put on a common integer scale (floats are exact fractions),
-so that no rounding decides. Source: linear partitioning, e.g. Pinar and Aykanat, J. Parallel Distrib. Comput. 64 (2004).
+last bound h of max(best[j - 1][h], weight(h, i) + extra[j]). Parts heavier than a split already in hand cannot help
+and are never looked at, which leaves about n/p bounds per cell. Among the splits that reach this maximum, a second pass
+of the same shape takes the one with the least sum of squares of the parts, that is the most even one; of equals the
+one whose bounds are smallest, read from the last. Weights are put on a common integer scale (floats are exact
+fractions), so that no rounding decides.
+Source: linear partitioning, e.g. Pinar and Aykanat, J. Parallel Distrib. Comput. 64 (2004).
 """
 
 from __future__ import annotations
