@@ -31,7 +31,7 @@ from ds_kernels._cpu.launch import kernel
 
 __all__ = ["ITEM", "adagrad", "adam", "lamb_apply", "lamb_moments", "lion", "sgd"]
 
-ITEM = 1 << 14
+ITEM = 1 << 16
 """Elements per work item."""
 BLOCK = 1 << 10
 """Elements in flight where some are widened: five scratch blocks are 20 KiB."""
