@@ -59,7 +59,8 @@ def _blocks(x: Tensor, block: int) -> Tensor:
     missing = -x.shape[-1] % block
     if missing:
         x = torch.cat([x, x[..., -1:].expand(*x.shape[:-1], missing)], -1)
-    return x.unflatten(-1, (-1, block))
+    blocks: Tensor = x.unflatten(-1, (-1, block))
+    return blocks
 
 
 def _store(steps: Tensor, name: str, symmetric: bool) -> Tensor:
