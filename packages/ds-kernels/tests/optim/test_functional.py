@@ -113,6 +113,9 @@ def test_one_step_is_the_formula(backend: str, name: str, dtypes: tuple[torch.dt
     for numel in SIZES if backend == "cpu" else SIZES[1:3]:
         tensors = inputs(name, numel, *dtypes)
         expected, before = formula(name, tensors), tensors[0].double()
+        sure = torch.ones(numel, dtype=torch.bool)
+        if name == "lion":  # where the direction cancels, its sign is a matter of rounding
+            sure = (0.9 * tensors[2].double() + 0.1 * tensors[1].double()).abs() > 1e-6
         call(name, tensors)
         for mine, wanted in zip([tensors[0], *tensors[2:]], expected, strict=True):
             eps = torch.finfo(mine.dtype).eps
@@ -121,7 +124,7 @@ def test_one_step_is_the_formula(backend: str, name: str, dtypes: tuple[torch.dt
             if name.startswith("lamb") and dtypes[2] == torch.bfloat16:  # the update is taken from the stored moments
                 bound += 2**-8 * float((expected[0] - before).abs().max())
             error = (mine.double() - wanted).abs() - eps / 2 * wanted.abs()
-            assert float(error.max()) <= bound, name
+            assert float(error[sure].max()) <= bound, name
 
 
 @pytest.mark.parametrize("name", CASES)
