@@ -12,7 +12,7 @@ from numba import njit
 
 from ds_kernels._cpu.intrinsics import f32_array, float_at, grain, i64_array, load, store, take, total
 from ds_kernels._cpu.launch import FASTMATH, kernel
-from ds_kernels._cpu.math import exp
+from ds_kernels._cpu.maths import exp
 
 __all__ = ["accumulate", "add_into", "gradient"]
 
