@@ -92,7 +92,7 @@ class Commit:
     def fill_cache(self) -> None:
         """Afterwards: bring this rank's shard into the page cache, so that a load after a save is fast."""
         shard = self.directory / self.tag / shard_file_name(self.rank, self.size)
-        with contextlib.suppress(OSError):  # replaced or removed meanwhile
+        with contextlib.suppress(OSError, ValueError):  # replaced, removed or cut short meanwhile
             diskio.fill_cache(shard, self.nbytes, threading.main_thread().is_alive)
 
     def _error(self, reason: str) -> CheckpointError:
