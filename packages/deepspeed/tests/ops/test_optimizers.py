@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import pickle
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ from torch import nn
 
 from deepspeed.ops.adagrad import DeepSpeedCPUAdagrad
 from deepspeed.ops.adam import DeepSpeedCPUAdam, FusedAdam
+from deepspeed.ops.lamb import FusedLamb
 from deepspeed.ops.lion import DeepSpeedCPULion, FusedLion
 
 
@@ -212,3 +214,16 @@ def test_lion_moments_of_16_bit_parameters() -> None:
         assert optimizer.state[p]["exp_avg"].dtype == dtype
     with pytest.raises(ValueError, match="betas"):
         DeepSpeedCPULion([p], betas=(1.0, 0.9))
+
+
+@pytest.mark.parametrize("kind", [DeepSpeedCPUAdam, FusedAdam, FusedLamb, DeepSpeedCPULion, FusedLion])
+def test_copies_and_pickles_go_on_alike(kind: Any) -> None:
+    net = model()
+    optimizer = kind(net.parameters(), lr=0.1)
+    train(net, optimizer)
+    for net_again, again in (copy.deepcopy((net, optimizer)), pickle.loads(pickle.dumps((net, optimizer)))):
+        reference = copy.deepcopy((net, optimizer.state_dict()))
+        fresh = kind(reference[0].parameters(), lr=0.1)
+        fresh.load_state_dict(reference[1])
+        assert_equal(train(net_again, again), train(reference[0], fresh))
+        again.zero_grad()

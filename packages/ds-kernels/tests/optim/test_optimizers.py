@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 from collections.abc import Callable
 from typing import Any
 
@@ -228,3 +229,20 @@ def test_bad_input() -> None:
     table(torch.tensor([1])).sum().backward()
     with pytest.raises(KernelArgumentError, match="sparse"):
         Adagrad(table.parameters()).step()
+
+
+@pytest.mark.parametrize("again", [copy.deepcopy, lambda optimizer: pickle.loads(pickle.dumps(optimizer))])
+@pytest.mark.parametrize("kind", [Adam, AdamW, Adagrad, Lion, SGD, Lamb, Muon])
+def test_copies_and_pickles_go_on_alike(kind: type[FlatOptimizer], again: Callable[[Any], Any]) -> None:
+    torch.manual_seed(0)
+    p = nn.Parameter(torch.randn(6, 5).bfloat16())
+    optimizer = kind([p], state_dtype=torch.bfloat16, stochastic_rounding=True, seed=3)
+    p.grad = torch.randn(6, 5).bfloat16()
+    optimizer.step()
+    twin = again(optimizer)
+    (q,) = twin.param_groups[0]["params"]
+    q.grad = p.grad.clone()
+    optimizer.step()
+    twin.step()
+    assert torch.equal(p, q)
+    twin.add_param_group({"params": [nn.Parameter(torch.randn(3, 3))]})

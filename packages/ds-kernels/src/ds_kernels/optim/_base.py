@@ -18,7 +18,7 @@ import abc
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor
@@ -159,6 +159,9 @@ class FlatOptimizer(Optimizer, abc.ABC):
         seed: of the stochastic rounding.
     """
 
+    carried: ClassVar[tuple[str, ...]] = ("state_dtype", "stochastic_rounding", "seed")
+    """Attributes of its own that a copy or a pickle takes along."""
+
     def __init__(
         self,
         params: Iterable[Any],
@@ -176,6 +179,11 @@ class FlatOptimizer(Optimizer, abc.ABC):
         self.stochastic_rounding = stochastic_rounding
         self.seed = seed
         super().__init__(params, defaults)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """As torch's, which takes along groups and states and nothing of a subclass; with what is `carried`."""
+        state: dict[str, Any] = super().__getstate__()
+        return state | {name: getattr(self, name) for name in self.carried}
 
     @abc.abstractmethod
     def state_names(self, group: dict[str, Any]) -> Sequence[str]:

@@ -7,7 +7,7 @@ process sums its own; the sums are in fp64, so how it is cut shows only where an
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
@@ -26,6 +26,8 @@ class Lamb(FlatOptimizer):
         min_coeff, max_coeff: bounds of the trust ratio.
     Further keywords: `FlatOptimizer`.
     """
+
+    carried: ClassVar[tuple[str, ...]] = (*FlatOptimizer.carried, "_ratios")
 
     def __init__(
         self,

@@ -14,7 +14,7 @@ Limit: compute, 20 n^2 m + 10 n^3 flops per matrix and 5 steps (classic); memory
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -104,6 +104,8 @@ class Muon(FlatOptimizer):
         ns_dtype: see `newton_schulz`.
     Further keywords: `FlatOptimizer`.
     """
+
+    carried: ClassVar[tuple[str, ...]] = (*FlatOptimizer.carried, "ns_dtype", "_muon_keys", "_adam_keys")
 
     def __init__(
         self,

@@ -15,7 +15,7 @@ Invariant: what the fused kernel cannot do (no bias correction; fp32 moments for
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 import torch
 from torch.optim.adam import Adam
@@ -27,6 +27,8 @@ from ds_kernels.optim import adam_step
 class _FusedTorchAdam(Adam):
     steps_as_torch_adam = True
     """On flat fp32 masters a step is torch's fused kernel; ds_zero may drive it directly."""
+    carried: ClassVar[tuple[str, ...]] = ("_settings", "fp32_optimizer_states")
+    """Attributes of its own that a copy or a pickle takes along."""
 
     def __init__(
         self,
@@ -61,6 +63,11 @@ class _FusedTorchAdam(Adam):
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group. The mode of this optimizer wins over what a group of another optimizer carries."""
         super().add_param_group(param_group | self._settings)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """As torch's, which takes along groups and states and nothing of a subclass; with what is `carried`."""
+        state: dict[str, Any] = super().__getstate__()
+        return state | {name: getattr(self, name) for name in self.carried}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]
@@ -150,6 +157,8 @@ class FusedAdam(_FusedTorchAdam):
     Raises:
         RuntimeError: `amsgrad=True`, which upstream's FusedAdam does not have; DeepSpeedCPUAdam and torch's have it.
     """
+
+    carried: ClassVar[tuple[str, ...]] = (*_FusedTorchAdam.carried, "set_grad_none")
 
     def __init__(
         self,

@@ -6,7 +6,7 @@ State per parameter: `step`, `exp_avg`, `exp_avg_sq`. Under ZeRO the norms are t
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
@@ -22,6 +22,8 @@ class FusedLamb(Lamb):
     Raises:
         RuntimeError: `amsgrad=True`, which LAMB does not have.
     """
+
+    carried: ClassVar[tuple[str, ...]] = (*Lamb.carried, "max_grad_norm", "_clips_here")
 
     def __init__(
         self,

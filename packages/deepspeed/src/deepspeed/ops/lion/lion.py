@@ -7,7 +7,7 @@ is why it is fp32 by default.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
@@ -16,6 +16,8 @@ from ds_kernels.optim import Lion
 
 
 class _Lion(Lion):
+    carried: ClassVar[tuple[str, ...]] = (*Lion.carried, "fp32_optimizer_states")
+
     def __init__(
         self, params: Iterable[Any], lr: float, betas: tuple[float, float], weight_decay: float, fp32_states: bool
     ) -> None:
@@ -45,6 +47,8 @@ class DeepSpeedCPULion(_Lion):
 
 class FusedLion(_Lion):
     """Lion for parameters on an accelerator; `set_grad_none` is the default of `zero_grad`."""
+
+    carried: ClassVar[tuple[str, ...]] = (*_Lion.carried, "set_grad_none")
 
     def __init__(
         self,
