@@ -167,3 +167,9 @@ def test_bad_input() -> None:
         bias_dropout_residual(x, torch.ones(7))
     with pytest.raises(KernelArgumentError, match=r"seed is \(2,\) of torch.int64 on cpu; expected one int64"):
         bias_dropout_residual(x, p=0.5, seed=torch.zeros(2, dtype=torch.int64))
+
+
+def test_bias_with_strides(backend: str) -> None:
+    x = torch.randn(5, 33)
+    for bias in (torch.randn(66)[::2], torch.full((1,), 3.0).expand(33)):
+        torch.testing.assert_close(bias_dropout_residual(x, bias), bias_dropout_residual(x, bias.contiguous()))

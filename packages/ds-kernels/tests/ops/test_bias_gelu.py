@@ -101,3 +101,9 @@ def test_bad_input() -> None:
         bias_gelu(x, approximate="fast")
     with pytest.raises(KernelArgumentError, match=r"x is of dtype torch.int32; supported are float32"):
         bias_gelu(x.int())
+
+
+def test_bias_with_strides(backend: str) -> None:
+    x = torch.randn(5, 33)
+    for bias in (torch.randn(66)[::2], torch.full((1,), 3.0).expand(33)):
+        torch.testing.assert_close(bias_gelu(x, bias), bias_gelu(x, bias.contiguous()))

@@ -253,3 +253,10 @@ def test_bad_input() -> None:
             flash_attention(q, k, v, cu_seqlens_q=wrong)
     with pytest.raises(KernelArgumentError, match=r"cu_seqlens_k has shape \(2,\)"):
         flash_attention(q, k, v, cu_seqlens_q=starts, cu_seqlens_k=torch.tensor([0, 5]))
+
+
+@pytest.mark.parametrize("window", [None, 30])
+def test_many_more_queries_than_keys(backend: str, window: int | None) -> None:
+    q = torch.randn(1, 2, 20, 16, requires_grad=True)
+    k, v = (torch.randn(1, 2, 5, 16, requires_grad=True) for _ in range(2))
+    check(q, k, v, False, window)

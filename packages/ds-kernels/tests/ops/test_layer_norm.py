@@ -173,3 +173,17 @@ def test_bad_input() -> None:
         layer_norm(x, torch.ones(8, dtype=torch.int64))
     with pytest.raises(KernelArgumentError, match="residual is on meta"):
         layer_norm(x, residual=x.to("meta"))
+
+
+def test_rows_without_spread_and_eps_zero(backend: str) -> None:
+    x = torch.randn(64, 33)
+    x[3], x[40] = 0.0, 0.0
+    y = layer_norm(x, eps=0.0)
+    assert y[[3, 40]].isnan().all()
+    assert_accurate(y[[0, 4, 63]], specification(x[[0, 4, 63]].double(), None, None, 0.0))
+
+
+def test_vectors_with_strides(backend: str) -> None:
+    x, vector, one = torch.randn(5, 33), torch.randn(66)[::2], torch.full((1,), 3.0).expand(33)
+    for weight in (vector, one):
+        torch.testing.assert_close(layer_norm(x, weight, weight), layer_norm(x, weight.clone(), weight.clone()))

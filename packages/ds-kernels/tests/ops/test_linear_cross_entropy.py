@@ -147,8 +147,8 @@ def test_all_rows_ignored_or_none_at_all(backend: str) -> None:
         for reduction, expected in (("mean", torch.nan), ("sum", 0.0)):
             loss = linear_cross_entropy(x, weight, target, reduction=reduction)
             torch.testing.assert_close(loss, torch.tensor(expected), equal_nan=True)
-        grads = torch.autograd.grad(loss, [x, weight])
-        assert not any(grad.any() for grad in grads)
+            grads = torch.autograd.grad(loss, [x, weight])
+            assert not any(grad.any() for grad in grads)
 
 
 def test_ignored_rows_take_no_part(backend: str) -> None:

@@ -100,3 +100,14 @@ def test_bad_input() -> None:
         moe_combine(torch.randn(4, 8), routing)
     with pytest.raises(KernelArgumentError, match=r"x is of dtype torch.int64"):
         moe_dispatch(torch.ones(4, 8, dtype=torch.int64), routing)
+
+
+def test_weights_wider_than_rows(backend: str) -> None:
+    routing = moe_gate(torch.randn(6, 4, dtype=torch.float64).requires_grad_(), 2)
+    y = torch.randn(12, 8, requires_grad=True)
+    narrow = dataclasses.replace(routing, weights=routing.weights.float())
+    out = moe_combine(y, routing)
+    torch.testing.assert_close(out, moe_combine(y, narrow))
+    (grad,) = torch.autograd.grad(out.sum(), routing.weights)
+    assert grad.dtype == torch.float64
+    torch.testing.assert_close(grad.float(), y.detach().sum(1)[routing.slots])

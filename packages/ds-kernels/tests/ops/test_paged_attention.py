@@ -243,3 +243,24 @@ def test_bad_input() -> None:
     ]:
         with pytest.raises(KernelArgumentError, match=match):
             write_kv(*args)
+
+
+@pytest.mark.parametrize("starts", [[0, 1, 5], [0, 3, 2], [-1, 1, 2]], ids=str)
+def test_starts_outside_the_queries(starts: list[int]) -> None:
+    cache = Cache([9, 4], 2, 16, 4, torch.float32)
+    arguments = (torch.randn(2, 4, 16), cache.k, cache.v, cache.tables, cache.context_lens)
+    with pytest.raises(KernelArgumentError, match=r"cu_seqlens_q is .* expected an ascent"):
+        paged_attention(*arguments, cu_seqlens_q=torch.tensor(starts))
+
+
+def test_negative_context() -> None:
+    cache = Cache([9, 4], 2, 16, 4, torch.float32)
+    with pytest.raises(KernelArgumentError, match="context_lens has -20; expected 0 or more"):
+        paged_attention(torch.randn(2, 4, 16), cache.k, cache.v, cache.tables, torch.tensor([-20, 4]))
+
+
+def test_tokens_of_no_sequence_are_zero(backend: str) -> None:
+    cache = Cache([9, 4], 2, 16, 4, torch.float32)
+    q = torch.randn(5, 4, 16)
+    out = paged_attention(q, cache.k, cache.v, cache.tables, cache.context_lens, cu_seqlens_q=torch.tensor([1, 2, 3]))
+    assert out[1:3].abs().amin() > 0 and not out[[0, 3, 4]].any()

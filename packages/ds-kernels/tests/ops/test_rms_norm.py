@@ -148,3 +148,17 @@ def test_bad_input() -> None:
         rms_norm(x, residual=torch.randn(4, 7))
     with pytest.raises(KernelArgumentError, match="scalar"):
         rms_norm(torch.tensor(1.0))
+
+
+def test_rows_without_spread_and_eps_zero(backend: str) -> None:
+    x = torch.randn(64, 33)
+    x[3], x[40] = 0.0, 0.0
+    y = rms_norm(x, eps=0.0)
+    assert y[[3, 40]].isnan().all()
+    assert_accurate(y[[0, 4, 63]], specification(x[[0, 4, 63]].double(), None, 0.0, 0.0))
+
+
+def test_vectors_with_strides(backend: str) -> None:
+    x, vector, one = torch.randn(5, 33), torch.randn(66)[::2], torch.full((1,), 3.0).expand(33)
+    for weight in (vector, one):
+        torch.testing.assert_close(rms_norm(x, weight), rms_norm(x, weight.clone()))

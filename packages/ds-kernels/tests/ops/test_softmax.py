@@ -148,3 +148,9 @@ def test_bad_input() -> None:
         softmax(x, torch.zeros(8, requires_grad=True))
     with pytest.raises(KernelArgumentError, match=r"x has shape \(8,\); expected"):
         softmax(x[0], causal=True)
+
+
+def test_a_row_of_nan_of_either_sign_is_nan(backend: str) -> None:
+    for sign in (1.0, -1.0):
+        nan = torch.copysign(torch.full((3, 8), float("nan")), torch.tensor(sign))
+        assert softmax(nan).isnan().all()

@@ -54,6 +54,7 @@ def bias_dropout_residual(
         check_like("bias_dropout_residual", "residual", residual, "x", x)
     require(0.0 <= p <= 1.0, f"bias_dropout_residual: p is {p}; expected a probability in [0, 1]")
     p = float(p) if training else 0.0
+    bias = None if bias is None else bias.contiguous()
     rest = None if residual is None else residual.contiguous()
     out: Tensor = _FORWARD(x.contiguous(), bias, rest, _seed(x, seed, p), p)
     return out

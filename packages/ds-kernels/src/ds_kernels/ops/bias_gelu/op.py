@@ -43,6 +43,7 @@ def bias_gelu(x: Tensor, bias: Tensor | None = None, approximate: str = "none") 
         approximate in ("none", "tanh"),
         f"bias_gelu: approximate is {approximate!r}; supported are 'none' (erf) and 'tanh'",
     )
+    bias = None if bias is None else bias.contiguous()
     y: Tensor = _FORWARD(x.contiguous(), bias, GELU_TANH if approximate == "tanh" else GELU_ERF)
     return y
 

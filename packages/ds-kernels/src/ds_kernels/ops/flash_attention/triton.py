@@ -52,7 +52,7 @@ def bounds(first, end, k_len, CAUSAL: tl.constexpr, window, HAS_WINDOW: tl.const
 @triton.jit
 def hidden(position, key, k_len, CAUSAL: tl.constexpr, window, HAS_WINDOW: tl.constexpr):
     """Whether a query at a position does not see a key (broadcast against each other)."""
-    away = (key >= k_len) | (position < -k_len)
+    away = (key >= k_len) | (position != position)  # which is never so, but makes the shape that of both
     if CAUSAL:
         away = away | (key > position)
     if HAS_WINDOW:

@@ -10,6 +10,8 @@ from ds_kernels._cpu.launch import kernel
 
 __all__ = ["backward", "forward"]
 
+_INFINITY = np.float32(np.inf)
+
 
 @kernel
 def forward(a):
@@ -36,7 +38,8 @@ def forward(a):
             for i in range(dim):
                 row[i] -= centre
                 square += row[i] * row[i]
-            inverse = np.float32(1.0 / np.sqrt(square / dim + eps))
+            root = np.sqrt(square / dim + eps)
+            inverse = np.float32(1.0 / root) if root != 0.0 else _INFINITY  # dividing by 0 would raise
             mean[r], rstd[r] = centre, inverse
             for i in range(dim):
                 row[i] = row[i] * inverse * scale[i] + shift[i]

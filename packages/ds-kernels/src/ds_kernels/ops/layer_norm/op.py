@@ -57,6 +57,7 @@ def layer_norm(
         if vector is not None:
             check_dtype("layer_norm", name, vector)
     check_device("layer_norm", x, weight=weight, bias=bias, residual=residual)
+    weight, bias = (None if vector is None else vector.contiguous() for vector in (weight, bias))
     if residual is None:
         y: Tensor = _FORWARD(x.contiguous(), None, weight, bias, eps)[0]
         return y

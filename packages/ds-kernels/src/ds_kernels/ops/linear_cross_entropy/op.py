@@ -74,7 +74,11 @@ def linear_cross_entropy(
         if reduction == "none":
             return losses.view(target.shape)
         total = losses.sum()
-    return total if reduction == "sum" else total / (classes != ignore_index).sum()
+    if reduction == "sum":
+        return total
+    count = (classes != ignore_index).sum()
+    # not total / count, whose gradient for no rows is infinite: 0 * inf would make the gradients NaN
+    return torch.where(count > 0, total / count.clamp(min=1), torch.nan)
 
 
 def _check(x: Tensor, weight: Tensor, target: Tensor, bias: Tensor | None) -> None:

@@ -70,7 +70,8 @@ def moe_combine(y: Tensor, routing: Routing) -> Tensor:
         y.dim() == 2 and y.shape[0] == routing.num_rows,
         f"moe_combine: y has shape {tuple(y.shape)}; expected ({routing.num_rows}, hidden), the routing's rows",
     )
-    out: Tensor = _COMBINE(y.contiguous(), routing.weights, routing.slots, routing.sources)
+    weights = routing.weights.to(torch.promote_types(y.dtype, torch.float32))
+    out: Tensor = _COMBINE(y.contiguous(), weights, routing.slots, routing.sources)
     return out
 
 

@@ -28,7 +28,8 @@ def paged_attention(
     """As the reference, which takes fp64; the last dimension of q and of the caches is contiguous.
 
     Raises:
-        KernelArgumentError: a context longer than its block table, or a page that is not in the cache.
+        KernelArgumentError: a context longer than its block table or below 0, a page that is not in the cache, or
+            starts of queries that do not ascend within q.
     """
     ends, lengths = cu_q.tolist(), context_lens.tolist()
     capacity = block_tables.shape[1] * k_cache.shape[2]
@@ -37,11 +38,18 @@ def paged_attention(
         f"paged_attention: context_lens has {max(lengths, default=0)}; expected at most {capacity}, "
         f"{block_tables.shape[1]} pages of {k_cache.shape[2]} in a row of block_tables",
     )
+    shortest = min(lengths, default=0)
+    require(shortest >= 0, f"paged_attention: context_lens has {shortest}; expected 0 or more")
     queries = [b - a for a, b in pairwise(ends)]
+    require(
+        ends[0] >= 0 and ends[-1] <= len(q) and min(queries, default=0) >= 0,
+        f"paged_attention: cu_seqlens_q is {ends}; expected an ascent from 0 to at most the number of tokens, {len(q)}",
+    )
     if not cpu_tiles.takes(q) or not q.numel() or not k_cache.numel():
         return _gathered(q, k_cache, v_cache, block_tables, cu_q, queries, lengths, window, scale)
     table = block_tables.to(torch.int32).contiguous()
-    out = torch.empty_like(q, memory_format=torch.contiguous_format)
+    whole = ends[0] == 0 and ends[-1] == len(q)  # else there are tokens of no sequence, which get zeros
+    out = (torch.empty_like if whole else torch.zeros_like)(q, memory_format=torch.contiguous_format)
     alone = [i for i, count in enumerate(queries) if count == 1 and q.shape[2] % 16 == 0]
     others = [i for i, count in enumerate(queries) if count and (count > 1 or q.shape[2] % 16)]
     good = True

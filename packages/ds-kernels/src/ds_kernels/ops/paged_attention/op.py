@@ -60,7 +60,8 @@ def paged_attention(
 
     Raises:
         KernelArgumentError: shapes, dtypes or devices that do not fit; a gradient is asked for, which there is not.
-            On the CPU also a context longer than its block table, and a page outside the cache; a GPU does not look.
+            On the CPU also a context longer than its block table, a page outside the cache and cu_seqlens_q that do
+            not ascend within q; a GPU does not look.
     """
     name = "paged_attention"
     require(q.dim() == 3, f"{name}: q has shape {tuple(q.shape)}; expected [tokens, heads, dim]")

@@ -57,6 +57,7 @@ def rms_norm(
     if weight is not None:
         check_dtype("rms_norm", "weight", weight)
     check_device("rms_norm", x, weight=weight, residual=residual)
+    weight = None if weight is None else weight.contiguous()
     if residual is None:
         y: Tensor = _FORWARD(x.contiguous(), None, weight, eps, offset)[0]
         return y

@@ -25,7 +25,7 @@ def _rotate(
     INTERLEAVED: tl.constexpr, REST: tl.constexpr, HEADS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     batch, position = tl.program_id(0).to(tl.int64) // seq, tl.program_id(0).to(tl.int64) % seq
-    head = tl.program_id(1) * HEADS + tl.arange(0, HEADS)[:, None]
+    head = tl.program_id(1).to(tl.int64) * HEADS + tl.arange(0, HEADS)[:, None]
     pair = tl.arange(0, BLOCK)[None, :]
     known = pair < half
     mask = (head < heads) & known

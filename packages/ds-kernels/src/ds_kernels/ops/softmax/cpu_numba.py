@@ -58,8 +58,11 @@ def _normalise(row):
     """Softmax in place; a row of nothing but -inf becomes zeros."""
     highest = _maximum(row)
     if highest == -_INFINITY:
+        unseen = np.float32(0.0)  # or NaN: with its sign set (inf - inf on x86) a NaN is below -inf to `_maximum`
         for i in range(row.size):
-            row[i] = np.float32(0.0)
+            unseen += np.float32(0.0) if row[i] == -_INFINITY else row[i]
+        for i in range(row.size):
+            row[i] = unseen
         return
     whole = np.float32(0.0)
     for i in range(row.size):
