@@ -13,7 +13,9 @@ from typing import TYPE_CHECKING, Any
 from ds_pipe.__about__ import __version__
 
 if TYPE_CHECKING:
-    from ds_pipe.errors import PartitionError, ScheduleError
+    from ds_pipe.errors import PartitionError, PipelineError, ScheduleError
+    from ds_pipe.layers import LayerSpec, TiedLayerSpec
+    from ds_pipe.module import PipelineModule
     from ds_pipe.partition import balanced, partition_layers, uniform
     from ds_pipe.schedule import (
         SCHEDULES,
@@ -66,7 +68,9 @@ if TYPE_CHECKING:
     )
 
 _NAMES = {
-    "errors": ("PartitionError", "ScheduleError"),
+    "errors": ("PartitionError", "PipelineError", "ScheduleError"),
+    "layers": ("LayerSpec", "TiedLayerSpec"),
+    "module": ("PipelineModule",),
     "partition": ("balanced", "partition_layers", "uniform"),
     "schedule": (
         "SCHEDULES",
@@ -124,7 +128,12 @@ __all__ = [
     "__version__",
     # errors
     "PartitionError",
+    "PipelineError",
     "ScheduleError",
+    # layers and module
+    "LayerSpec",
+    "PipelineModule",
+    "TiedLayerSpec",
     # partition
     "balanced",
     "partition_layers",

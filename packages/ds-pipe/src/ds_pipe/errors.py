@@ -3,11 +3,13 @@
 ValueError
  +- ScheduleError      a schedule that breaks a rule, or cannot be generated from these numbers
  +- PartitionError     layers that cannot be split into these stages
+RuntimeError
+ +- PipelineError      a run that cannot go on: ranks, shapes, data or a peer that failed
 """
 
 from __future__ import annotations
 
-__all__ = ["PartitionError", "ScheduleError"]
+__all__ = ["PartitionError", "PipelineError", "ScheduleError"]
 
 
 class ScheduleError(ValueError):
@@ -16,3 +18,7 @@ class ScheduleError(ValueError):
 
 class PartitionError(ValueError):
     """Layers cannot be split into the stages asked for; the text gives both counts and what to change."""
+
+
+class PipelineError(RuntimeError):
+    """A pipeline cannot be set up or cannot go on; the text names the stage and what to change."""
