@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import functools
+import pickle
 from collections.abc import Callable
 from typing import Any
 
@@ -198,6 +200,33 @@ def test_a_deep_copy_of_a_patched_model_works_on_its_own_weights() -> None:
     assert torch.equal(step(twin, batch("llama"))[0], loss)
 
 
+@pytest.mark.parametrize("family", sorted(MODELS))
+def test_a_pickle_of_a_patched_model_loads_without_patches_and_can_be_patched(family: str) -> None:
+    model = build(family)
+    expected = step(model, batch(family))[0]
+    applied = apply_kernels(model)
+    twin = pickle.loads(pickle.dumps(model))
+    assert torch.equal(step(twin, batch(family))[0], expected)
+    assert twin(**batch(family)).logits is not None
+    again = apply_kernels(twin)
+    assert again.replaced == applied.replaced and not again.skipped
+    assert torch.equal(step(twin, batch(family))[0], step(model, batch(family))[0])
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_a_compiled_model_has_the_kernels(family: str) -> None:
+    model = build(family)
+    apply_kernels(model)
+    inputs = batch(family)
+    expected, grads = step(model, inputs)
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend="aot_eager")
+    loss, found = step(compiled, inputs)
+    close(loss, expected, 1e-6, "loss")
+    for name, grad in grads.items():
+        close(found[f"_orig_mod.{name}"], grad, 1e-5, name)
+
+
 def test_unknown_models_and_unfit_modules() -> None:
     with pytest.raises(PatchError, match="no module of Linear is of a known class"):
         apply_kernels(nn.Linear(2, 2))
@@ -205,7 +234,7 @@ def test_unknown_models_and_unfit_modules() -> None:
     kind = getattr(transformers, name)
     model = kind(kind.config_class(**sizes, hidden_act="relu"))
     model.lm_head = nn.Sequential(nn.Linear(32, 99))
-    model.model.norm.forward = model.model.norm.forward
+    model.model.norm.forward = functools.partial(model.model.norm.forward)
     applied = apply_kernels(model)
     assert applied.skipped["model.layers.0.mlp"] == "its activation is ReLU; known are silu and gelu"
     assert "head is a Sequential" in applied.skipped[""]

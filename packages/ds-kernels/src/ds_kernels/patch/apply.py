@@ -1,7 +1,8 @@
 """`apply_kernels(model)`: put kernels into the modules of a Hugging Face model in place; `undo` takes them out.
 
 A module is patched by a `forward` of its own (an instance attribute): its class, parameters, names, hooks and
-state_dict stay, other models of the same class are not touched, and a deep copy of a patched model is patched.
+state_dict stay, other models of the same class are not touched. A deep copy of a patched model is patched; a pickle
+of it loads as the model without patches.
 What a family's rules do not know is left alone and named in the report.
 """
 
@@ -17,7 +18,7 @@ from torch import nn
 
 from ds_kernels.errors import KernelArgumentError, PatchError
 from ds_kernels.patch.losses import head_forward
-from ds_kernels.patch.rules import Family, Rule
+from ds_kernels.patch.rules import Family, Rule, has_own_forward
 
 __all__ = ["FAMILIES", "KERNELS", "Applied", "apply_kernels"]
 
@@ -121,7 +122,7 @@ def _apply(applied: Applied, name: str, module: Any, rules: list[Rule]) -> None:
     """Apply those of a module's rules that fit it."""
     fitting = []
     for rule in rules:
-        reason = "it has a forward of its own" if "forward" in vars(module) else rule.unfit(module)
+        reason = "it has a forward of its own" if has_own_forward(module) else rule.unfit(module)
         if reason is None:
             fitting.append(rule)
         else:

@@ -105,6 +105,7 @@ def rotary_attention(_module: Any, original: Forward) -> Forward:
 def _rebound(function: Any, name: str, value: Any) -> Forward:
     """A function of the same code for which a global name means something else."""
     names = {**function.__globals__, name: value}
+    names.pop("__name__", None)  # torch.compile would look its globals up in the module of that name instead
     twin = types.FunctionType(function.__code__, names, function.__name__, function.__defaults__, function.__closure__)
     twin.__kwdefaults__, twin.__module__ = function.__kwdefaults__, __name__
     return twin

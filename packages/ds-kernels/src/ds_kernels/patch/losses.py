@@ -15,6 +15,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from ds_kernels.patch.rules import has_own_forward
+
 __all__ = ["causal_lm", "causal_unfit", "head_forward", "masked_lm", "masked_unfit"]
 
 Forward = Callable[..., Any]
@@ -29,8 +31,11 @@ def head_forward(self: Any, x: Tensor, **loss: Any) -> Tensor:
     return linear_cross_entropy(x, self.weight, bias=self.bias, **loss)
 
 
+head_forward.__name__ = "forward"  # what a pickle of the bound method looks up: it loads as the class's own
+
+
 def _head_unfit(head: Any) -> str | None:
-    if type(head) is not torch.nn.Linear or "forward" in vars(head):
+    if type(head) is not torch.nn.Linear or has_own_forward(head):
         return f"its head is a {type(head).__name__} that is not a plain torch.nn.Linear"
     return None
 

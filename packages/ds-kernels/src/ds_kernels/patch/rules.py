@@ -13,12 +13,18 @@ import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any
 
-__all__ = ["Family", "Rule", "always"]
+__all__ = ["Family", "Rule", "always", "has_own_forward"]
 
 
 def always(_module: Any) -> str | None:
     """No condition."""
     return None
+
+
+def has_own_forward(module: Any) -> bool:
+    """Whether an instance's forward is another than its class's (a pickle makes an attribute of the latter)."""
+    own = vars(module).get("forward")
+    return own is not None and getattr(own, "__func__", own) is not type(module).forward
 
 
 @dataclasses.dataclass(frozen=True)
