@@ -52,9 +52,11 @@ def bounds(first, end, k_len, CAUSAL: tl.constexpr, window, HAS_WINDOW: tl.const
 @triton.jit
 def hidden(position, key, k_len, CAUSAL: tl.constexpr, window, HAS_WINDOW: tl.constexpr):
     """Whether a query at a position does not see a key (broadcast against each other)."""
-    away = (key >= k_len) | (position != position)  # which is never so, but makes the shape that of both
+    # the second term makes the shape that of both; without causality even a query in front of all keys sees them
     if CAUSAL:
-        away = away | (key > position)
+        away = (key >= k_len) | (position < -k_len) | (key > position)
+    else:
+        away = (key >= k_len) | (position != position)
     if HAS_WINDOW:
         away = away | (key <= position - window)
         if not CAUSAL:
