@@ -1,6 +1,6 @@
 """What this repository checks and runs, each in a virtual environment of its own (folder .nox/).
 
-    nox                     # lint, types, checks, tests, examples, docs
+    nox                     # lint, types, checks, tests, clients, examples, docs
     nox -s tests            # every package's tests, each in a bare environment with only what that package declares
     nox -s tests -- -k shm  # arguments after -- go to pytest
     nox -s "tests(ds-comm)" # one package
@@ -37,7 +37,7 @@ TEST_TOOLS = ["pytest>=8", "pytest-timeout>=2.3", "hypothesis>=6.100"]
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
 
 nox.needs_version = ">=2025.2.9"
-nox.options.sessions = ["lint", "types", "checks", "tests", "examples", "docs"]
+nox.options.sessions = ["lint", "types", "checks", "tests", "clients", "examples", "docs"]
 nox.options.default_venv_backend = "venv"
 nox.options.reuse_existing_virtualenvs = True
 nox.options.error_on_missing_interpreters = False
@@ -84,6 +84,21 @@ for version in PYTHONS:
         install(session, *from_checkout("deepspeed"), *TEST_TOOLS)
         for name in SIBLINGS:
             run_tests(session, name)
+
+
+CLIENT_TESTS = [
+    "deepspeed/tests/clients",
+    "ds-kernels/tests/patch",
+    "ds-kernels/tests/test_transformer.py",
+]
+
+
+@nox.session
+def clients(session: nox.Session) -> None:
+    """The tests that need transformers and accelerate, which no package declares: everywhere else they are skipped."""
+    install(session, *from_checkout("deepspeed"), *TEST_TOOLS, "transformers", "accelerate")
+    tests = (str(ROOT / "packages" / path) for path in CLIENT_TESTS)
+    session.run("python", "-m", "pytest", *tests, *session.posargs, env=ENVIRONMENT)
 
 
 @nox.session
