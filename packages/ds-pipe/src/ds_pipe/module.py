@@ -41,7 +41,8 @@ class PipelineModule(nn.Module):
     from this one on its axis "pipe" only (then every rank of the world makes the module, as groups are created).
     `num_stages` is a check on that. `partition_method` is "parameters", "uniform", "type:REGEX" or "profile", which
     takes `layer_costs` (seconds per layer). `activation_checkpoint_interval` k recomputes k layers at a time in
-    backward (by `activation_checkpoint_func(function, inputs)`, default torch's), where all their classes are in `checkpointable_layers` (None: where any has parameters).
+    backward, by `activation_checkpoint_func(function, inputs)` (None: torch's), where all their classes are in
+    `checkpointable_layers` (None: where any has parameters).
     `dynamic_shape` allows activations of another shape from one micro-batch to the next.
 
     PartitionError when the layers cannot be split; PipelineError when stages and ranks do not fit each other.
