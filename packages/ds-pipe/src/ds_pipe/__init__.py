@@ -2,7 +2,8 @@
 
 The planning half, which needs neither torch nor ranks: schedules (`schedule`) that are generated, proven, simulated,
 chosen and drawn; optimal splits of layers into stages (`partition`); rank grids (`topology`); upstream's schedule
-classes (`upstream`). The executor that runs a plan comes next. Names are imported when they are first used.
+classes (`upstream`). The running half: models as lists of layers (`layers`, `module`) and the `pipeline` that runs a
+plan on them, one rank per stage (`executor`). Names are imported when they are first used.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from ds_pipe.__about__ import __version__
 
 if TYPE_CHECKING:
     from ds_pipe.errors import PartitionError, PipelineError, ScheduleError
+    from ds_pipe.executor import Pipeline, pipeline
     from ds_pipe.layers import LayerSpec, TiedLayerSpec
     from ds_pipe.module import PipelineModule
     from ds_pipe.partition import balanced, partition_layers, uniform
@@ -69,6 +71,7 @@ if TYPE_CHECKING:
 
 _NAMES = {
     "errors": ("PartitionError", "PipelineError", "ScheduleError"),
+    "executor": ("Pipeline", "pipeline"),
     "layers": ("LayerSpec", "TiedLayerSpec"),
     "module": ("PipelineModule",),
     "partition": ("balanced", "partition_layers", "uniform"),
@@ -130,6 +133,9 @@ __all__ = [
     "PartitionError",
     "PipelineError",
     "ScheduleError",
+    # executor
+    "Pipeline",
+    "pipeline",
     # layers and module
     "LayerSpec",
     "PipelineModule",

@@ -1,0 +1,211 @@
+"""Pipelines against the unsplit model, to the bit; and every failure a clear error on every stage."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from pipe_models import MODELS, WIDTH, Unsplit, batches, loss_fn, plain, train_unsplit
+from torch import nn
+
+import ds_comm
+from ds_comm.testing import run_ranks
+from ds_pipe import LayerSpec, PipelineError, PipelineModule, ScheduleError, pipeline, zb_h1
+
+Trained = tuple[list[float], dict[str, torch.Tensor]]
+
+
+def train(model: str, num_steps: int, num_micro_batches: int, schedule: str, options: dict[str, Any]) -> Trained:
+    module = PipelineModule(MODELS[model](), loss_fn=loss_fn, seed_layers=True, **options)
+    runner = pipeline(module, schedule=schedule, num_micro_batches=num_micro_batches)
+    parameters = [p for p in module.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=0.01, foreach=False) if parameters else None
+    data = iter(batches(model, num_steps * num_micro_batches))
+    ends = runner.is_first_stage or runner.is_last_stage
+    losses = [runner.train_batch(data if ends else None, optimizer).item() for _ in range(num_steps)]
+    return losses, {name: value.detach().clone() for name, value in module.state_dict().items()}
+
+
+def check_equal(stages: list[Trained], expected: Trained) -> None:
+    losses, weights = expected
+    seen = set()
+    for stage_losses, stage_weights in stages:
+        assert stage_losses == losses
+        for name, value in stage_weights.items():
+            assert torch.equal(value, weights[name]), name
+        seen |= set(stage_weights)
+    assert seen == set(weights)
+    assert losses[0] != losses[-1]
+
+
+@pytest.mark.parametrize("schedule", ["1f1b", "gpipe"])
+@pytest.mark.parametrize("num_micro_batches", [1, 2, 5])
+@pytest.mark.parametrize("model", sorted(MODELS))
+def test_two_stages_equal_the_unsplit_model(model: str, num_micro_batches: int, schedule: str) -> None:
+    options = {"partition_method": "uniform"}
+    stages = run_ranks(train, 2, model, 4, num_micro_batches, schedule, options)
+    check_equal(stages, train_unsplit(model, 4, num_micro_batches))
+
+
+@pytest.mark.parametrize("model", ["plain", "tied"])
+def test_three_stages_for_twenty_steps(model: str) -> None:
+    stages = run_ranks(train, 3, model, 20, 4, "1f1b", {"partition_method": "uniform"})
+    check_equal(stages, train_unsplit(model, 20, 4))
+
+
+def test_one_stage_is_the_model_itself() -> None:
+    check_equal(run_ranks(train, 1, "tied", 3, 2, "1f1b", {}), train_unsplit("tied", 3, 2))
+
+
+def test_checkpointing_and_dynamic_shape_change_no_bit() -> None:
+    options = {"activation_checkpoint_interval": 2, "dynamic_shape": True}
+    check_equal(run_ranks(train, 2, "plain", 3, 3, "1f1b", options), train_unsplit("plain", 3, 3))
+
+
+def test_gloo() -> None:
+    stages = run_ranks(train, 2, "tied", 3, 3, "1f1b", {"partition_method": "uniform"}, transport="gloo")
+    check_equal(stages, train_unsplit("tied", 3, 3))
+
+
+def gradients_left(steps: int) -> dict[str, torch.Tensor]:
+    module = PipelineModule(MODELS["tied"](), loss_fn=loss_fn, seed_layers=True, partition_method="uniform")
+    calls: list[bool] = []
+    runner = pipeline(
+        module, num_micro_batches=2, sync_gradients=lambda: calls.append(all(p.grad is not None for p in params))
+    )
+    params = list(module.parameters())
+    data = iter(batches("tied", 2 * steps))
+    for _ in range(steps):
+        runner.train_batch(data)
+    assert calls == [True] * steps
+    return {name: p.grad.clone() for name, p in module.named_parameters() if p.grad is not None}
+
+
+def test_without_optimizer_gradients_stay_and_add_up() -> None:
+    unsplit = Unsplit(MODELS["tied"]())
+    for inputs, labels in batches("tied", 4):
+        (loss_fn(unsplit(inputs), labels) / 2).backward()
+    for stage in run_ranks(gradients_left, 2, 2):
+        for name, grad in stage.items():
+            assert torch.equal(grad, unsplit.get_parameter(name).grad), name
+
+
+def with_dropout() -> list[Any]:
+    return [*plain(2), LayerSpec(nn.Dropout, 0.5), LayerSpec(nn.Linear, WIDTH, WIDTH)]
+
+
+def evaluate() -> tuple[float, float, bool, bool]:
+    module = PipelineModule(with_dropout(), loss_fn=loss_fn, seed_layers=True).train()
+    runner = pipeline(module, num_micro_batches=2)
+    first = runner.eval_batch(iter(batches("plain", 2))).item()
+    runner.train_batch(iter(batches("plain", 2)), torch.optim.SGD(module.parameters(), lr=0.0))
+    again = runner.eval_batch(iter(batches("plain", 3)), num_micro_batches=3).item()
+    return first, again, module.training, any(p.grad is not None for p in module.parameters())
+
+
+def test_evaluation() -> None:
+    unsplit = Unsplit(with_dropout()).eval()
+    with torch.no_grad():
+        losses = [loss_fn(unsplit(inputs), labels) for inputs, labels in batches("plain", 3)]
+    first, again = (losses[0] + losses[1]) / 2, (losses[0] + losses[1] + losses[2]) / 3
+    assert run_ranks(evaluate, 2) == [(first.item(), again.item(), True, False)] * 2
+
+
+def plain_stages() -> list[float]:
+    """Any module per rank is a stage."""
+    torch.manual_seed(ds_comm.get_rank())
+    module = nn.Linear(WIDTH, WIDTH)
+    runner = pipeline(module, num_micro_batches=2, loss_fn=loss_fn)
+    data = iter(batches("plain", 6))
+    optimizer = torch.optim.SGD(module.parameters(), lr=0.1)
+    return [runner.train_batch(data, optimizer).item() for _ in range(3)]
+
+
+def test_plain_modules() -> None:
+    models = []
+    for seed in (0, 1):
+        torch.manual_seed(seed)
+        models.append(nn.Linear(WIDTH, WIDTH))
+    unsplit = nn.Sequential(*models)
+    optimizer = torch.optim.SGD(unsplit.parameters(), lr=0.1, foreach=False)
+    data, expected = iter(batches("plain", 6)), []
+    for _ in range(3):
+        losses = [loss_fn(unsplit(inputs), labels) for inputs, labels in (next(data), next(data))]
+        for loss in losses:
+            (loss / 2).backward()
+        expected.append(((losses[0] + losses[1]) / 2).item())
+        optimizer.step()
+        optimizer.zero_grad()
+    assert run_ranks(plain_stages, 2) == [expected] * 2
+
+
+class Fails(nn.Module):
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        raise ValueError("no more of this")
+
+
+def failing(how: str, rank: int) -> tuple[str, str]:
+    """Both texts: of the failure, and of the next call."""
+    layers: list[Any] = [nn.Linear(WIDTH, WIDTH) for _ in range(2 * ds_comm.get_world_size())]
+    if how == "layer":
+        layers[2 * rank] = Fails()
+    runner = pipeline(
+        PipelineModule(layers, loss_fn=loss_fn, partition_method="uniform"), num_micro_batches=3, schedule="gpipe"
+    )
+    data = batches("plain", 3)
+    if ds_comm.get_rank() == rank and how == "dry":
+        data = data[:2]
+    if how == "shape":
+        data[1] = batches("plain", 1, rows=2)[0]
+    if how == "second step":
+        runner.train_batch(iter(data))
+        data = data if ds_comm.get_rank() != rank else []
+    with pytest.raises(PipelineError) as info:
+        runner.train_batch(iter(data))
+    with pytest.raises(PipelineError) as again:
+        runner.train_batch(iter(data))
+    return str(info.value), str(again.value)
+
+
+@pytest.mark.parametrize(
+    ("how", "rank", "text"),
+    [
+        ("layer", 0, "stage 0: ValueError: no more of this"),
+        ("layer", 1, "stage 1: ValueError: no more of this"),
+        ("dry", 0, "stage 0: the data iterator ran dry after 2 of 3 micro-batches"),
+        ("dry", 1, "stage 1: the data iterator ran dry after 2 of 3 micro-batches"),
+        ("second step", 1, "stage 1: the data iterator ran dry after 0 of 3 micro-batches"),
+        ("shape", 0, "changed from [float32 (4, 8)] to [float32 (2, 8)]"),
+    ],
+)
+def test_a_failure_is_an_error_on_every_stage(how: str, rank: int, text: str) -> None:
+    for first, again in run_ranks(failing, 2, how, rank, timeout=40):
+        assert text in first
+        assert again == f"this pipeline has failed before and cannot go on: {first}"
+
+
+def test_three_stages_fail_together() -> None:
+    assert all("stage 2: ValueError" in first for first, _ in run_ranks(failing, 3, "layer", 2, timeout=40))
+
+
+@pytest.fixture
+def world() -> Any:
+    ds_comm.init_distributed()
+    yield
+    ds_comm.destroy_process_group()
+
+
+@pytest.mark.usefixtures("world")
+def test_refusals() -> None:
+    module = nn.Linear(WIDTH, WIDTH)
+    with pytest.raises(PipelineError, match="no loss_fn"):
+        pipeline(module)
+    with pytest.raises(PipelineError, match="schedule 'zb_h1' cannot be run"):
+        pipeline(module, loss_fn=loss_fn, schedule=zb_h1(1, 1))
+    with pytest.raises(PipelineError, match="2 stages and 1 micro-batches; expected the group's 1 ranks"):
+        pipeline(module, loss_fn=loss_fn, schedule=zb_h1(2, 1))
+    with pytest.raises(ScheduleError, match="2f2b"):
+        pipeline(module, loss_fn=loss_fn, schedule="2f2b")
+    with pytest.raises(PipelineError, match="data_iter is list"):
+        pipeline(module, loss_fn=loss_fn).train_batch([])  # type: ignore[arg-type]
