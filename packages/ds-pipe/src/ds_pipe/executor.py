@@ -222,7 +222,8 @@ class Pipeline:
                 with suppress(RuntimeError):  # the connection may be what failed
                     sender.fail(text, self._outbox)
             with suppress(ds_comm.CommError):  # who waits for something else: in the loss, or for another stage
-                ds_comm.communicator(self._group).transport.fail(ds_comm.CommError(text))
+                comm = ds_comm.communicator(self._group)
+                comm.transport.fail(ds_comm.CommError(text))
             if isinstance(error, PipelineError):
                 raise
             raise PipelineError(text) from error
