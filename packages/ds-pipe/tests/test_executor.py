@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 from typing import Any
 
 import pytest
@@ -187,6 +189,27 @@ def test_a_failure_is_an_error_on_every_stage(how: str, rank: int, text: str) ->
 
 def test_three_stages_fail_together() -> None:
     assert all("stage 2: ValueError" in first for first, _ in run_ranks(failing, 3, "layer", 2, timeout=40))
+
+
+class Dies(nn.Module):
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        os.kill(os.getpid(), signal.SIGKILL)
+        return inputs
+
+
+def one_dies() -> str:
+    layer = Dies() if ds_comm.get_rank() == 1 else nn.Linear(WIDTH, WIDTH)
+    runner = pipeline(layer, loss_fn=loss_fn, num_micro_batches=2)
+    with pytest.raises(PipelineError) as info:
+        runner.train_batch(iter(batches("plain", 2)))
+    return str(info.value)
+
+
+def test_a_stage_that_dies_is_an_error_on_the_others() -> None:
+    text, death = run_ranks(one_dies, 2, expect_death=[1], timeout=40)
+    # Either a wait ended, which ds-comm explains, or a message could not be started on the broken connection.
+    assert "rank 1" in text or text.startswith("stage 0: RuntimeError")
+    assert death.exit_code == -signal.SIGKILL
 
 
 @pytest.fixture
