@@ -255,6 +255,17 @@ def test_bad_input() -> None:
         flash_attention(q, k, v, cu_seqlens_q=starts, cu_seqlens_k=torch.tensor([0, 5]))
 
 
+def test_bad_starts_in_a_compiled_function() -> None:
+    """Nothing below checks bounds, so what torch.compile traced must be looked at when it runs."""
+    q, k, v = (torch.randn(5, 2, 16) for _ in range(3))
+    compiled = torch.compile(
+        lambda starts: flash_attention(q, k, v, cu_seqlens_q=starts), fullgraph=True, backend="aot_eager"
+    )
+    assert torch.equal(compiled(torch.tensor([0, 5])), flash_attention(q, k, v, cu_seqlens_q=torch.tensor([0, 5])))
+    with pytest.raises(KernelArgumentError, match=r"cu_seqlens_q is \[0, 900\]"):
+        compiled(torch.tensor([0, 900]))
+
+
 @pytest.mark.parametrize("window", [None, 30])
 def test_many_more_queries_than_keys(backend: str, window: int | None) -> None:
     q = torch.randn(1, 2, 20, 16, requires_grad=True)

@@ -215,8 +215,10 @@ def test_bad_input() -> None:
     packed = quantize_weight(weight)
     with pytest.raises(KernelArgumentError, match="bits is 5; supported are 8 and 4"):
         quantize_weight(weight, 5)
-    with pytest.raises(KernelArgumentError, match="group_size is 48; it must be a positive multiple of 32"):
+    with pytest.raises(KernelArgumentError, match="group_size is 48; it must be a multiple of 32 from 32 to 65536"):
         quantize_weight(weight, group_size=48)
+    with pytest.raises(KernelArgumentError, match="group_size is 65568"):  # sums of 32 bits would overflow
+        quantize_weight(weight, group_size=65568)
     with pytest.raises(KernelArgumentError, match=r"weight has shape \(64,\)"):
         quantize_weight(weight[0])
     with pytest.raises(KernelArgumentError, match="infinite or NaN"):

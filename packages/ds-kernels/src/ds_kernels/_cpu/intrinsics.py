@@ -16,8 +16,8 @@ from numba.extending import intrinsic
 
 __all__ = [
     "as_bits", "as_float", "bf16_to_f32", "f32_array", "f32_to_bf16", "f32_to_fp16", "f64_array", "float_at",
-    "fp16_to_f32", "grain", "i8_array", "i32_array", "i64_array", "load", "store", "take", "total", "u8_array",
-    "u16_array", "u32_array",
+    "fp16_to_f32", "grain", "i8_array", "i32_array", "i64_array", "load", "load_sum", "store", "take", "total",
+    "u8_array", "u16_array", "u32_array",
 ]  # fmt: skip
 
 BF16, FP16, F32 = 1, 2, 0
@@ -35,62 +35,25 @@ def _pointer_cast(pointee: Any, llvm: Any) -> Any:
     return cast
 
 
-_f32p = _pointer_cast(types.float32, ir.FloatType())
-_f64p = _pointer_cast(types.float64, ir.DoubleType())
-_u8p = _pointer_cast(types.uint8, ir.IntType(8))
-_i8p = _pointer_cast(types.int8, ir.IntType(8))
-_u16p = _pointer_cast(types.uint16, ir.IntType(16))
-_u32p = _pointer_cast(types.uint32, ir.IntType(32))
-_i32p = _pointer_cast(types.int32, ir.IntType(32))
-_i64p = _pointer_cast(types.int64, ir.IntType(64))
+def _array_of(pointee: Any, llvm: Any) -> Any:
+    """A function `(a, slot, numel)`: the array of one element type whose address is in a slot."""
+    pointer = _pointer_cast(pointee, llvm)
+
+    @njit(inline="always")
+    def array(a, slot, numel):
+        return carray(pointer(a[slot]), numel)
+
+    return array
 
 
-@njit(inline="always")
-def f32_array(a, slot, numel):
-    """The float32 array whose address is in a slot."""
-    return carray(_f32p(a[slot]), numel)
-
-
-@njit(inline="always")
-def f64_array(a, slot, numel):
-    """The float64 array whose address is in a slot."""
-    return carray(_f64p(a[slot]), numel)
-
-
-@njit(inline="always")
-def u8_array(a, slot, numel):
-    """The uint8 array whose address is in a slot."""
-    return carray(_u8p(a[slot]), numel)
-
-
-@njit(inline="always")
-def i8_array(a, slot, numel):
-    """The int8 array whose address is in a slot."""
-    return carray(_i8p(a[slot]), numel)
-
-
-@njit(inline="always")
-def u16_array(a, slot, numel):
-    """The uint16 array whose address is in a slot: the bits of bf16 or fp16."""
-    return carray(_u16p(a[slot]), numel)
-
-
-@njit(inline="always")
-def u32_array(a, slot, numel):
-    """The uint32 array whose address is in a slot."""
-    return carray(_u32p(a[slot]), numel)
-
-
-@njit(inline="always")
-def i32_array(a, slot, numel):
-    """The int32 array whose address is in a slot."""
-    return carray(_i32p(a[slot]), numel)
-
-
-@njit(inline="always")
-def i64_array(a, slot, numel):
-    """The int64 array whose address is in a slot."""
-    return carray(_i64p(a[slot]), numel)
+f32_array = _array_of(types.float32, ir.FloatType())
+f64_array = _array_of(types.float64, ir.DoubleType())
+i8_array = _array_of(types.int8, ir.IntType(8))
+i32_array = _array_of(types.int32, ir.IntType(32))
+i64_array = _array_of(types.int64, ir.IntType(64))
+u8_array = _array_of(types.uint8, ir.IntType(8))
+u16_array = _array_of(types.uint16, ir.IntType(16))
+u32_array = _array_of(types.uint32, ir.IntType(32))
 
 
 @intrinsic
@@ -232,3 +195,15 @@ def store(a, slot, code, start, n, values):
         floats = f32_array(a, slot, start + n)[start:]
         for i in range(n):
             floats[i] = values[i]
+
+
+@njit(inline="always")
+def load_sum(a, slot, residual, total, code, start, n, out, scratch):
+    """`load`, plus the tensor in slot `residual` unless that is 0: their rounded sum is in slot `total` and `out`."""
+    load(a, slot, code, start, n, out)
+    if a[residual] != 0:
+        load(a, residual, code, start, n, scratch)
+        for i in range(n):
+            out[i] += scratch[i]
+        store(a, total, code, start, n, out)
+        load(a, total, code, start, n, out)

@@ -61,7 +61,9 @@ class Kernel:
     def _compiled(self) -> Any:
         from numba import cfunc, types
 
-        return cfunc(types.void(types.CPointer(types.int64)), cache=True, fastmath=FASTMATH)(self._function)
+        # numpy's error model: 1 / 0 is infinity. Python's would end the kernel half way, and nobody would hear of it.
+        signature = types.void(types.CPointer(types.int64))
+        return cfunc(signature, cache=True, fastmath=FASTMATH, error_model="numpy")(self._function)
 
     @functools.cached_property
     def address(self) -> int:

@@ -87,9 +87,6 @@ def flash_attention(
             f"{name}: {which} has shape {tuple(starts.shape)}; expected one dimension of sequences + 1",
         )
     check_device(name, q, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k)
-    if q.device.type == "cpu" and not torch.compiler.is_compiling():
-        _check_starts("cu_seqlens_q", cu_seqlens_q, q.shape[0])
-        _check_starts("cu_seqlens_k", cu_seqlens_k, k.shape[0])
     dense = (x.transpose(0, 1).unsqueeze(0) for x in (q, k, v))
     longest = (max_seqlen_q or q.shape[0], max_seqlen_k or k.shape[0])
     out, lse = _FORWARD(*dense, cu_seqlens_q, cu_seqlens_k, *longest, causal, window or 0, scale)
@@ -129,6 +126,9 @@ def _forward(
     q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor | None, cu_k: Tensor | None, max_q: int, max_k: int,
     causal: bool, window: int, scale: float,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
+    if q.device.type == "cpu" and cu_q is not None and cu_k is not None:  # here, where torch.compile has tensors too
+        _check_starts("cu_seqlens_q", cu_q, q.shape[2])
+        _check_starts("cu_seqlens_k", cu_k, k.shape[2])
     backend = backend_for(q)
     if backend == "reference":
         return reference.flash_attention(q, k, v, cu_q, cu_k, causal, window, scale)

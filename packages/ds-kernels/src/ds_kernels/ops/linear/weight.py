@@ -31,6 +31,8 @@ PANEL = 16
 """Rows of a panel."""
 DEPTH = 32
 """Columns are padded to a multiple of this."""
+MAX_GROUP = 1 << 16
+"""Columns of a group: its products of two bytes (255 * 127 at most) add up in 32 bits."""
 SEARCH = tuple(1.0 - 0.04 * step for step in range(1, 10))
 """Factors by which `search` narrows a group's range."""
 
@@ -135,8 +137,8 @@ def quantize_weight(
     Args:
         weight: [outputs, columns], fp32, bf16, fp16 or fp64, any strides.
         bits: 8 or 4.
-        group_size: columns per scale, a multiple of 32. Packed size: bits + 16 / group_size bits per weight
-            (twice the second term when asymmetric).
+        group_size: columns per scale, a multiple of 32 up to 65,536. Packed size: bits + 16 / group_size bits per
+            weight (twice the second term when asymmetric).
         symmetric: codes around zero with a scale; else a scale and a centre per group, for ranges to one side.
         search: try ten ranges per group and keep that of the least squared error (slower; pays at 4 bits).
 
@@ -148,8 +150,8 @@ def quantize_weight(
     """
     require(bits in BITS, f"quantize_weight: bits is {bits}; supported are 8 and 4")
     require(
-        group_size > 0 and group_size % DEPTH == 0,
-        f"quantize_weight: group_size is {group_size}; it must be a positive multiple of {DEPTH}",
+        0 < group_size <= MAX_GROUP and group_size % DEPTH == 0,
+        f"quantize_weight: group_size is {group_size}; it must be a multiple of {DEPTH} from {DEPTH} to {MAX_GROUP}",
     )
     require(
         weight.dim() == 2 and weight.numel() > 0,

@@ -5,12 +5,10 @@ from __future__ import annotations
 
 import numpy as np
 
-from ds_kernels._cpu.intrinsics import f32_array, float_at, grain, load, store, take, total
+from ds_kernels._cpu.intrinsics import f32_array, float_at, grain, load, load_sum, store, take, total
 from ds_kernels._cpu.launch import kernel
 
 __all__ = ["backward", "forward"]
-
-_INFINITY = np.float32(np.inf)
 
 
 @kernel
@@ -22,18 +20,12 @@ def forward(a):
     low = take(a)
     while low < total(a):
         for r in range(low, min(low + grain(a), total(a))):
-            load(a, 3, code, r * dim, dim, row)
-            if a[4] != 0:
-                load(a, 4, code, r * dim, dim, other)
-                for i in range(dim):
-                    row[i] += other[i]
-                store(a, 7, code, r * dim, dim, row)
-                load(a, 7, code, r * dim, dim, row)  # what is normalised is what was rounded
+            load_sum(a, 3, 4, 7, code, r * dim, dim, row, other)  # what is normalised is what was rounded
             square = np.float32(0.0)
             for i in range(dim):
                 square += row[i] * row[i]
             root = np.sqrt(square / dim + eps)
-            inverse = np.float32(1.0 / root) if root != 0.0 else _INFINITY  # dividing by 0 would raise
+            inverse = np.float32(1.0 / root)
             rstd[r] = inverse
             for i in range(dim):
                 row[i] = row[i] * inverse * scale[i]
