@@ -75,6 +75,12 @@ def unsharded(name: str, micro_batches: int) -> dict[str, torch.Tensor]:
     return {n: p.detach().clone() for n, p in net.named_parameters()}
 
 
+def differences(weights: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> dict[str, tuple[int, float]]:
+    """What a failure has to say: parameter -> how many elements differ, and the largest difference."""
+    apart = {name: (weights[name] - expected[name]).abs() for name in expected}
+    return {name: (int((d != 0).sum()), float(d.max())) for name, d in apart.items() if d.any()}
+
+
 @pytest.mark.parametrize("name", SECTIONS)
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 def test_every_stage_and_number_of_ranks_has_the_same_bits(name: str, dtype: str) -> None:
