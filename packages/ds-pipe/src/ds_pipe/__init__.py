@@ -49,6 +49,7 @@ if TYPE_CHECKING:
         zb_h1,
         zb_v,
     )
+    from ds_pipe.sync import GradientSync, PlainSync
     from ds_pipe.topology import PipeDataParallelTopology, PipeModelDataParallelTopology, ProcessTopology
     from ds_pipe.upstream import (
         BackwardPass,
@@ -105,6 +106,7 @@ _NAMES = {
         "zb_h1",
         "zb_v",
     ),
+    "sync": ("GradientSync", "PlainSync"),
     "topology": ("PipeDataParallelTopology", "PipeModelDataParallelTopology", "ProcessTopology"),
     "upstream": (
         "BackwardPass",
@@ -173,6 +175,9 @@ __all__ = [
     "validate",
     "zb_h1",
     "zb_v",
+    # sync
+    "GradientSync",
+    "PlainSync",
     # topology
     "PipeDataParallelTopology",
     "PipeModelDataParallelTopology",
