@@ -11,12 +11,16 @@ engine brings one over ZeRO. Per train_batch the executor calls, in this order:
 Invariants. Gradients reach a trainable parameter through its AccumulateGrad node, once per micro-batch in which it was
 used, in ascending order of micro-batches (so tensor hooks and post-accumulate hooks see what they see without a
 pipeline); with several chunks per rank, different parameters may be at different micro-batches. `end_micro_batch(i)`
-comes when all chunks of this rank have delivered micro-batch i, for i = 0, 1, 2, ... A tied weight receives its
-gradients, summed over all its uses, at its owner only; elsewhere nothing arrives before `set_tied_sum`.
+comes when all chunks of this rank have delivered micro-batch i, for i = 0, 1, 2, ... Where backward is split (or a
+tied weight is in two chunks of a rank), gradients are computed first and delivered later, outside of any backward pass
+through the layers and inside `whole(parameters)`. A tied weight's gradients, summed over all its uses, arrive at its
+owner; what arrives at its other holders before `set_tied_sum` means nothing.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Protocol, runtime_checkable
 
 import torch
@@ -34,6 +38,9 @@ class GradientSync(Protocol):
 
     def scaled(self, loss: Tensor) -> Tensor:
         """What backward starts from, given a micro-batch's mean loss (a scalar that requires a gradient)."""
+
+    def whole(self, parameters: Sequence[nn.Parameter]) -> AbstractContextManager[object]:
+        """Entered to deliver gradients outside of a backward pass: inside, `parameters` have their full shapes."""
 
     def end_micro_batch(self, micro_batch: int) -> None:
         """All gradients of this rank for `micro_batch` are accumulated; called in ascending order."""
@@ -56,6 +63,9 @@ class PlainSync:
 
     def scaled(self, loss: Tensor) -> Tensor:
         return loss / self._num_micro_batches
+
+    def whole(self, parameters: Sequence[nn.Parameter]) -> AbstractContextManager[object]:
+        return nullcontext()
 
     def end_micro_batch(self, micro_batch: int) -> None:
         pass
