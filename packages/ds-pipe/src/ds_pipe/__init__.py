@@ -3,7 +3,8 @@
 The planning half, which needs neither torch nor ranks: schedules (`schedule`) that are generated, proven, simulated,
 chosen and drawn; optimal splits of layers into stages (`partition`); rank grids (`topology`); upstream's schedule
 classes (`upstream`). The running half: models as lists of layers (`layers`, `module`) and the `pipeline` that runs a
-plan on them, one rank per stage (`executor`). Names are imported when they are first used.
+plan on them, one rank per stage (`executor`), with causal language models of transformers as layers (`huggingface`).
+Names are imported when they are first used.
 """
 
 from __future__ import annotations
@@ -14,8 +15,10 @@ from typing import TYPE_CHECKING, Any
 from ds_pipe.__about__ import __version__
 
 if TYPE_CHECKING:
+    from ds_pipe._weights import parameters_on_meta
     from ds_pipe.errors import PartitionError, PipelineError, ScheduleError
     from ds_pipe.executor import Pipeline, pipeline
+    from ds_pipe.huggingface import causal_lm_loss, huggingface_name, split_causal_lm
     from ds_pipe.layers import LayerSpec, TiedLayerSpec
     from ds_pipe.module import PipelineModule
     from ds_pipe.partition import balanced, partition_layers, uniform
@@ -73,6 +76,8 @@ if TYPE_CHECKING:
 _NAMES = {
     "errors": ("PartitionError", "PipelineError", "ScheduleError"),
     "executor": ("Pipeline", "pipeline"),
+    "_weights": ("parameters_on_meta",),
+    "huggingface": ("causal_lm_loss", "huggingface_name", "split_causal_lm"),
     "layers": ("LayerSpec", "TiedLayerSpec"),
     "module": ("PipelineModule",),
     "partition": ("balanced", "partition_layers", "uniform"),
@@ -138,6 +143,11 @@ __all__ = [
     # executor
     "Pipeline",
     "pipeline",
+    # huggingface
+    "causal_lm_loss",
+    "huggingface_name",
+    "parameters_on_meta",
+    "split_causal_lm",
     # layers and module
     "LayerSpec",
     "PipelineModule",
