@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from types import SimpleNamespace
 
@@ -54,3 +55,30 @@ def test_a_limit_that_is_no_number_says_so(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setenv("DS_COMM_SHM_LIMIT", "1GB")
     with pytest.raises(NoSpaceError, match="DS_COMM_SHM_LIMIT='1GB' is not a number of bytes"):
         Arena().create(PAGE)
+
+
+def test_a_growing_segment_takes_memory_as_it_is_reserved() -> None:
+    fd, path = Arena().create(PAGE, sparse_nbytes=1 << 30)
+    segment = Segment(path, PAGE + (1 << 30), (0, PAGE), growing=True)
+
+    def blocks() -> int:
+        return os.fstat(fd).st_blocks * 512
+
+    assert blocks() == PAGE
+    segment.reserve(PAGE, 11 * PAGE)
+    segment.tensor(10 * PAGE, (4,), torch.uint8).fill_(1)
+    assert blocks() == 11 * PAGE
+    os.close(fd)
+
+
+def test_reserving_more_than_there_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    fd, path = Arena().create(PAGE, sparse_nbytes=16 * PAGE)
+    segment = Segment(path, 17 * PAGE, (0, PAGE), growing=True)
+    os.close(fd)
+
+    def full(fd: int, offset: int, length: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    with pytest.raises(NoSpaceError, match=r"reserving 8,192 bytes of shared memory: .*No space left"):
+        segment.reserve(PAGE, 3 * PAGE)

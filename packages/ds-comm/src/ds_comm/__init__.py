@@ -13,6 +13,7 @@ from ds_comm._world import (
     is_initialized,
     set_watchdog,
 )
+from ds_comm.channel import Channel
 from ds_comm.collectives import (
     ReduceOp,
     all_gather,
@@ -46,16 +47,19 @@ from ds_comm.groups import (
 )
 from ds_comm.ledger import Ledger
 from ds_comm.p2p import P2POp, batch_isend_irecv, irecv, isend, recv, send
-from ds_comm.transport.base import GatherWindow, ReduceWindow, Work
+from ds_comm.transport.base import GatherWindow, Packet, Receipt, ReduceWindow, Work
 
 __all__ = [
     "CommArgumentError",
     "CommError",
+    "Channel",
     "Communicator",
     "DivergenceError",
     "GatherWindow",
     "Ledger",
     "P2POp",
+    "Packet",
+    "Receipt",
     "RankMissingError",
     "ReduceOp",
     "ReduceWindow",

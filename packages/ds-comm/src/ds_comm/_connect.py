@@ -21,8 +21,9 @@ from ds_comm.communicator import Communicator
 from ds_comm.errors import CommArgumentError, CommError, RankMissingError
 from ds_comm.log import get_logger
 from ds_comm.transport._control import ROW_NBYTES, Control, Members
+from ds_comm.transport._messages import Messages, area_nbytes, plan_capacity
 from ds_comm.transport._observer import Observer, Ranks
-from ds_comm.transport._segment import Arena, Segment
+from ds_comm.transport._segment import Arena, Segment, shared_limit
 from ds_comm.transport.base import Transport
 from ds_comm.transport.gloo import GlooTransport
 from ds_comm.transport.local import LocalTransport
@@ -111,10 +112,11 @@ def _choose(comm: Communicator, instance: int, watchdog: Watchdog) -> Transport:
         return Observer(store, f"{meeting.prefix}/{suffix}", comm.rank, Ranks(comm.global_ranks, pids), watchdog)
 
     if kind == "shm":
-        control = _share_control(meeting, comm, everyone, watchdog)
-        if control is not None:
+        shared = _share_control(meeting, comm, everyone, watchdog)
+        if shared is not None:
             return ShmTransport(
-                control,
+                shared[0],
+                messages=shared[1],
                 ledger=comm.ledger,
                 enter=comm.enter,
                 fallback=lambda: GlooTransport(comm.group, enter=comm.enter, observer=observer("fallback")),
@@ -145,21 +147,28 @@ def _decide(everyone: list[_Identity], backends: str) -> str:
 
 def _share_control(
     meeting: _Meeting, comm: Communicator, everyone: list[_Identity], watchdog: Watchdog
-) -> Control | None:
-    """The group's control block in shared memory, or None (on every rank) where there is none to be had."""
+) -> tuple[Control, Messages | None] | None:
+    """The group's control block and messages in shared memory, or None (on every rank) where there is none to be had.
+
+    Both lie in one segment: the directions between all pairs of ranks cost address space only, until they are used.
+    """
     nbytes = comm.size * ROW_NBYTES
     fd, offer = -1, b""
     if comm.rank == 0:
         try:
-            fd, path = Arena().create(nbytes)
-            offer = b"+" + path.encode()
+            capacity = plan_capacity(comm.size, shared_limit())
+            fd, path = Arena().create(nbytes, sparse_nbytes=area_nbytes(comm.size, capacity))
+            offer = f"+{capacity}:{path}".encode()
         except OSError as error:
             offer = b"-" + str(error).encode()
     answer = meeting.exchange("control", offer)[0].decode()
     segment, problem = None, answer[1:] if answer.startswith("-") else ""
     if not problem:
+        size, _, path = answer[1:].partition(":")
+        capacity = int(size)
+        total = nbytes + area_nbytes(comm.size, capacity)
         own = (comm.rank * ROW_NBYTES, (comm.rank + 1) * ROW_NBYTES)
-        segment, problem = _try(lambda: Segment(answer[1:], nbytes, own))
+        segment, problem = _try(lambda: Segment(path, total, own, growing=capacity > 0))
         problems = meeting.exchange("mapped", problem.encode())
         problem = next((text.decode(errors="replace") for text in problems if text), "")
     if fd >= 0:
@@ -169,7 +178,8 @@ def _share_control(
             _logger.warning("a group of %d ranks uses gloo instead of shared memory: %s", comm.size, problem)
         return None
     members = Members(comm.global_ranks, tuple(identity.pid for identity in everyone))
-    return Control(segment, comm.rank, members, watchdog)
+    control = Control(segment, comm.rank, members, watchdog)
+    return control, Messages(control, segment, nbytes, capacity) if capacity else None
 
 
 def _try(make: Callable[[], Segment]) -> tuple[Segment | None, str]:

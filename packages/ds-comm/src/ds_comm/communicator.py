@@ -20,6 +20,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from ds_comm.channel import Channel
 from ds_comm.errors import CommArgumentError, CommError, DivergenceError
 from ds_comm.ledger import Entry, Ledger
 from ds_comm.transport._reduce import can_reduce, red_op
@@ -161,6 +162,10 @@ class Communicator:
             values = "; ".join(f"rank {rank}: {text!r}" for rank, text in zip(self.global_ranks, texts, strict=True))
             raise DivergenceError(f"the ranks must agree on {label or 'a value'} and do not: {values}")
 
+    def fail(self, error: Exception) -> None:
+        """Raise ``error`` here, and on every rank that waits for this group or calls it later: the group is lost."""
+        self.transport.fail(error)
+
     def delegate(self, entry: Entry, start: Callable[..., Any], async_op: bool) -> Work | None:
         """Let torch.distributed do a collective, ``start(async_op=True)``, watched as far as the transport can."""
         work = self.transport.delegate(start, entry)
@@ -168,6 +173,15 @@ class Communicator:
             return work
         work.wait()
         return None
+
+    # ---- messages
+
+    def channel(
+        self, peer: int, *, tag: int = 0, label: str | None = None, device: torch.device | str | None = None
+    ) -> Channel:
+        """This rank's end of a channel with group rank ``peer``: packets of bytes, in place where memory is shared."""
+        self._check_rank(peer, "channel")
+        return Channel(self.transport, self.group, self.ledger, peer, tag, label, self._device(device))
 
     # ---- windows
 

@@ -1,7 +1,9 @@
-"""Messages between two ranks: torch.distributed's, counted in the group's ledger.
+"""Messages between two ranks, counted in the group's ledger: through shared memory on shm, else torch.distributed's.
 
 They carry no stamp (only two ranks take part); while this rank waits for one, a death or a failure that another rank
-reports ends the wait where the transport is watched (shm, gloo).
+reports ends the wait where the transport is watched (shm, gloo). On shm, ``isend`` never waits (64 MB to each rank are
+kept for it, what is beyond moves at this rank's later calls), receives may be posted early, and ends that differ in
+size or dtype raise on every rank.
 """
 
 from __future__ import annotations
@@ -12,8 +14,10 @@ from typing import Any
 import torch.distributed as dist
 from torch import Tensor
 
-from ds_comm._world import communicator, resolve
-from ds_comm.transport.base import TorchWork, Work
+from ds_comm._world import communicator
+from ds_comm.communicator import Communicator
+from ds_comm.ledger import Entry
+from ds_comm.transport.base import Messenger, TorchWork, Work
 
 Group = dist.ProcessGroup | None
 
@@ -43,6 +47,12 @@ def recv(
     """Receive from global rank ``src``, or None for whoever sends first; returns the sender's global rank."""
     if src is None and group_src is None:
         comm = communicator(group)
+        messages = _messages(comm, tensor)
+        if messages is not None:
+            entry = comm.ledger.add("recv", tensor.dtype, tensor.numel(), label)
+            found = messages.probe(tag, entry)
+            messages.irecv(tensor, found, tag, entry).wait()
+            return comm.global_ranks[found]
         comm.ledger.add("recv", tensor.dtype, tensor.numel(), label)
         return int(dist.recv(tensor, None, comm.group, tag))
     irecv(tensor, src, group, tag, group_src, label=label).wait()
@@ -62,7 +72,12 @@ def isend(
     label: str | None = None,
 ) -> Work:
     """As ``send``; the tensor must stay as it is until the Work's ``wait``."""
-    return _start("send", tensor, label, group, lambda g: dist.isend(tensor, dst, g, tag, group_dst))
+    comm = communicator(group)
+    entry = comm.ledger.add("send", tensor.dtype, tensor.numel(), label)
+    messages, peer = _messages(comm, tensor), _group_rank(comm, dst, group_dst)
+    if messages is not None and peer is not None:
+        return messages.isend(tensor, peer, tag, entry)
+    return _torch_work(comm, dist.isend(tensor, dst, comm.group, tag, group_dst), entry)
 
 
 def irecv(
@@ -75,7 +90,12 @@ def irecv(
     label: str | None = None,
 ) -> Work:
     """As ``recv``; the tensor is valid after the Work's ``wait``."""
-    return _start("recv", tensor, label, group, lambda g: dist.irecv(tensor, src, g, tag, group_src))
+    comm = communicator(group)
+    entry = comm.ledger.add("recv", tensor.dtype, tensor.numel(), label)
+    messages, peer = _messages(comm, tensor), _group_rank(comm, src, group_src)
+    if messages is not None and peer is not None:
+        return messages.irecv(tensor, peer, tag, entry)
+    return _torch_work(comm, dist.irecv(tensor, src, comm.group, tag, group_src), entry)
 
 
 def P2POp(
@@ -91,20 +111,30 @@ def batch_isend_irecv(p2p_op_list: list[dist.P2POp], *, label: str | None = None
     if not p2p_op_list:
         return []
     comm = communicator(p2p_op_list[0].group)
+    if all(_messages(comm, op.tensor) is not None for op in p2p_op_list):
+        calls = {dist.isend: isend, dist.irecv: irecv}
+        return [calls[op.op](op.tensor, None, op.group, op.tag, op.group_peer, label=label) for op in p2p_op_list]
     entries = [
         comm.ledger.add("send" if op.op is dist.isend else "recv", op.tensor.dtype, op.tensor.numel(), label)
         for op in p2p_op_list
     ]
-    return [
-        TorchWork([work], entry=entries[0], block=comm.transport.block_message)
-        for work in dist.batch_isend_irecv(p2p_op_list)
-    ]
+    return [_torch_work(comm, work, entries[0]) for work in dist.batch_isend_irecv(p2p_op_list)]
 
 
-def _start(
-    op: str, tensor: Tensor, label: str | None, group: Group, start: Callable[[dist.ProcessGroup], dist.Work | None]
-) -> Work:
-    comm = communicator(group)
-    entry = comm.ledger.add(op, tensor.dtype, tensor.numel(), label)
-    work = start(resolve(group))
+def _messages(comm: Communicator, tensor: Tensor) -> Messenger | None:
+    """Who carries a message with this tensor, if not torch.distributed."""
+    messages = comm.transport.messages
+    return messages if messages is not None and comm.serves(tensor) else None
+
+
+def _group_rank(comm: Communicator, rank: int | None, group_rank: int | None) -> int | None:
+    """The peer's rank in the group; None where torch.distributed has to say what is wrong with it."""
+    if group_rank is None and rank in comm.global_ranks:
+        group_rank = comm.global_ranks.index(rank)
+    elif rank is not None:
+        return None
+    return group_rank if group_rank is not None and 0 <= group_rank < comm.size and group_rank != comm.rank else None
+
+
+def _torch_work(comm: Communicator, work: dist.Work | None, entry: Entry) -> Work:
     return TorchWork([work] if work is not None else [], entry=entry, block=comm.transport.block_message)

@@ -105,7 +105,7 @@ class Control:
 
     def post(self, stamp: bytes) -> None:
         """Number and publish this rank's next call."""
-        self._raise_failures()
+        self.raise_failures()
         number = self._position
         if number - min(self._compared.values()) >= _RING:
             self._make_room(number, stamp)
@@ -158,7 +158,7 @@ class Control:
         lines = []
         for rank in range(self.size):
             text = self._stamp_text(rank, number)
-            lines.append(f"rank {self._global(rank)}: {text}" if text else self._last_call(rank))
+            lines.append(f"rank {self.global_rank(rank)}: {text}" if text else self._last_call(rank))
         before = self._stamp_text(self.rank, number - 1)
         return (
             f"the ranks disagree on collective number {number} of this group of {self.size}: {'; '.join(lines)}. "
@@ -169,9 +169,9 @@ class Control:
         number = self._words[self._position_words[rank]]
         text = self._stamp_text(rank, number - 1)
         return (
-            f"rank {self._global(rank)}: last called {text} (number {number - 1})"
+            f"rank {self.global_rank(rank)}: last called {text} (number {number - 1})"
             if text
-            else (f"rank {self._global(rank)}: has not called anything")
+            else (f"rank {self.global_rank(rank)}: has not called anything")
         )
 
     # ---- meeting and exchanging
@@ -214,6 +214,18 @@ class Control:
         fence()
         self.compare()
 
+    def await_peer(self, peer: int, done: Callable[[], bool], what: What) -> None:
+        """Return when ``done()``, which ``peer`` may still have to act for (any other rank may have gone)."""
+        self._await(lambda: [] if done() else [peer], what, None)
+
+    def await_any(self, done: Callable[[], bool], what: What) -> None:
+        """Return when ``done()``, which some peer may still have to act for; raises once all of them have gone."""
+
+        def present() -> list[int]:
+            return [r for r, peer in self._peers.items() if not self._words[self._word(r, _LEFT)] and not peer.gone()]
+
+        self._await(lambda: [] if done() else (present() or list(self._peers)), what, None)
+
     def await_condition(self, done: Callable[[], bool], what: What, limit: float | None = None) -> None:
         """Return when ``done()``, which any peer may still have to act for."""
         self._await(lambda: [] if done() else list(self._peers), what, limit)
@@ -231,7 +243,7 @@ class Control:
         patience = Patience(watchdog, what if isinstance(what, str) else what())
         pause, next_check = _FIRST_SLEEP, 0.0
         while pending():
-            self._raise_failures()
+            self.raise_failures()
             self.compare()
             if patience.waited >= next_check:
                 next_check = patience.waited + _PEER_CHECK_SECONDS
@@ -244,12 +256,12 @@ class Control:
         for rank in pending():
             left = self._words[self._word(rank, _LEFT)] != 0
             if (left or self._peers[rank].gone()) and rank in pending():
-                self._raise_failures()
+                self.raise_failures()
                 fate = "has left the group" if left else "has died"
-                fate = f"rank {self._global(rank)} {fate} (process {self._members.pids[rank]})"
+                fate = f"rank {self.global_rank(rank)} {fate} (process {self._members.pids[rank]})"
                 self._missing([rank], fate, patience)
         if patience.exhausted and (late := pending()):
-            names = ", ".join(str(self._global(r)) for r in late)
+            names = ", ".join(str(self.global_rank(r)) for r in late)
             fate = f"rank {names} did not come within {patience.limit:g} s (ds_comm.set_watchdog)"
             self._missing(late, fate, patience)
         patience.notice(lambda: "; ".join(self._last_call(r) for r in pending()))
@@ -263,10 +275,10 @@ class Control:
         """Raise what lies behind a failed torch operation: a peer's death where one is found within a second."""
         patience = Patience(self._watchdog, what)
         while patience.waited < 1.0:
-            self._raise_failures()
+            self.raise_failures()
             self._check_peers(lambda: list(self._peers), patience)
             time.sleep(_PEER_CHECK_SECONDS)
-        raise CommError(f"{what} failed on rank {self._global(self.rank)}: {error}") from error
+        raise CommError(f"{what} failed on rank {self.global_rank(self.rank)}: {error}") from error
 
     # ---- failing
 
@@ -284,7 +296,7 @@ class Control:
             self._words[self._failed_words[self.rank]] = 1 + kind
         raise error
 
-    def _raise_failures(self) -> None:
+    def raise_failures(self) -> None:
         """Raise what this rank or a peer has found wrong before: the group is not usable any more."""
         if self._failure is not None:
             raise type(self._failure)(str(self._failure))
@@ -314,7 +326,8 @@ class Control:
         self._words.release()
         self._raw.release()
 
-    def _global(self, rank: int) -> int:
+    def global_rank(self, rank: int) -> int:
+        """The world's number of a rank of this group."""
         return self._members.global_ranks[rank]
 
     @staticmethod

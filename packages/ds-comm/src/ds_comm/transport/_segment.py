@@ -15,6 +15,7 @@ import ctypes
 import errno
 import mmap
 import os
+import weakref
 from dataclasses import dataclass
 
 import torch
@@ -37,21 +38,29 @@ class NoSpaceError(OSError):
 
 
 class Segment:
-    """One mapping of shared memory. Tensors made from it keep the mapping alive."""
+    """One mapping of shared memory. Tensors made from it keep the mapping alive.
 
-    def __init__(self, path: str, nbytes: int, own: tuple[int, int]) -> None:
+    own: the byte range that this rank reserves now. growing: more will be reserved later, by ``reserve``.
+    """
+
+    def __init__(self, path: str, nbytes: int, own: tuple[int, int], *, growing: bool = False) -> None:
         fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
         try:
-            if own[1] > own[0]:
-                os.posix_fallocate(fd, own[0], own[1] - own[0])
-        except OSError as error:
-            if error.errno not in (errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL):
-                text = f"reserving {own[1] - own[0]:,} bytes of shared memory: {error}"
-                raise NoSpaceError(error.errno, text) from error
-        finally:
+            _allocate(fd, *own)
+            self.nbytes = nbytes
+            self._bytes = torch.from_file(path, shared=True, size=nbytes, dtype=torch.uint8)
+        except BaseException:
             os.close(fd)
-        self.nbytes = nbytes
-        self._bytes = torch.from_file(path, shared=True, size=nbytes, dtype=torch.uint8)
+            raise
+        if growing:
+            self._fd = fd
+            weakref.finalize(self, os.close, fd)
+        else:
+            os.close(fd)
+
+    def reserve(self, start: int, stop: int) -> None:
+        """Make sure of the pages in [start, stop) of a growing segment; ``NoSpaceError`` where there are none."""
+        _allocate(self._fd, start, stop)
 
     def tensor(self, offset: int, shape: tuple[int, ...], dtype: torch.dtype, stride: tuple[int, ...] = (1,)) -> Tensor:
         """A tensor of its own (no view, own version counter) at byte ``offset``, which ``dtype`` must divide."""
@@ -75,6 +84,25 @@ class Segment:
             _libc.madvise(self._bytes.data_ptr() + start, stop - start, mmap.MADV_DONTNEED)
 
 
+def shared_limit() -> int | None:
+    """``DS_COMM_SHM_LIMIT``, or None where it is not set; ``NoSpaceError`` where it is no number."""
+    limit = os.environ.get("DS_COMM_SHM_LIMIT")
+    if limit is not None and not limit.isdecimal():
+        raise NoSpaceError(errno.EINVAL, f"DS_COMM_SHM_LIMIT={limit!r} is not a number of bytes")
+    return None if limit is None else int(limit)
+
+
+def _allocate(fd: int, start: int, stop: int) -> None:
+    if stop <= start:
+        return
+    try:
+        os.posix_fallocate(fd, start, stop - start)
+    except OSError as error:
+        if error.errno not in (errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL):
+            text = f"reserving {stop - start:,} bytes of shared memory: {error}"
+            raise NoSpaceError(error.errno, text) from error
+
+
 @dataclass
 class Arena:
     """Where the segments of one group are created, and how much they may take. Used by the creating rank."""
@@ -83,16 +111,17 @@ class Arena:
     told: bool = False
     """Whether the one line about a small /dev/shm is written."""
 
-    def create(self, nbytes: int) -> tuple[int, str]:
-        """A new segment's descriptor and the path by which the other ranks open it; ``NoSpaceError`` if too large."""
-        limit = os.environ.get("DS_COMM_SHM_LIMIT")
+    def create(self, nbytes: int, *, sparse_nbytes: int = 0) -> tuple[int, str]:
+        """A new segment's descriptor and the path by which the other ranks open it; ``NoSpaceError`` if too large.
+
+        sparse_nbytes: that many more after ``nbytes``, which may stay without memory and are not counted.
+        """
+        limit = shared_limit()
         chosen = os.environ.get("DS_COMM_SHM_DIR")
-        if limit is not None and not limit.isdecimal():
-            raise NoSpaceError(errno.EINVAL, f"DS_COMM_SHM_LIMIT={limit!r} is not a number of bytes")
-        if limit is not None and self.used + nbytes > int(limit):
+        if limit is not None and self.used + nbytes > limit:
             raise NoSpaceError(
                 errno.ENOSPC,
-                f"{nbytes:,} bytes of shared memory are needed, {max(0, int(limit) - self.used):,} are left of "
+                f"{nbytes:,} bytes of shared memory are needed, {max(0, limit - self.used):,} are left of "
                 f"DS_COMM_SHM_LIMIT={limit}",
             )
         folder = chosen or "/dev/shm"
@@ -105,7 +134,7 @@ class Arena:
                 self.told = True
                 _logger.warning("shared memory comes from a memfd, as fast, instead of %s: %s", folder, error)
             fd = os.memfd_create("ds_comm", os.MFD_CLOEXEC)
-        os.ftruncate(fd, nbytes)
+        os.ftruncate(fd, nbytes + sparse_nbytes)
         self.used += nbytes
         return fd, f"/proc/{os.getpid()}/fd/{fd}"
 

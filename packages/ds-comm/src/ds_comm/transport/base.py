@@ -62,6 +62,45 @@ class CompletedWork(Work):
 DONE = CompletedWork()
 
 
+class Receipt(Work):
+    """A receive whose tensor is made for it: ``data`` (uint8 [nbytes]) is there once ``wait`` has returned."""
+
+    data: Tensor
+
+
+class Packet(ABC):
+    """Bytes to be sent: write all of ``data`` (uint8 [nbytes]), then ``send`` once, and write no more."""
+
+    data: Tensor
+
+    @abstractmethod
+    def send(self) -> Work:
+        """Start sending; see ``Work``."""
+
+
+class Messenger(ABC):
+    """Messages between two ranks without torch.distributed. Ranks are group ranks; tensors are on the CPU, strided."""
+
+    @abstractmethod
+    def isend(self, tensor: Tensor, dst: int, tag: int, entry: Entry) -> Work: ...
+
+    @abstractmethod
+    def irecv(self, tensor: Tensor, src: int, tag: int, entry: Entry) -> Work: ...
+
+    @abstractmethod
+    def packet(self, nbytes: int, dst: int, tag: int, entry: Entry) -> Packet: ...
+
+    @abstractmethod
+    def receive(self, nbytes: int, src: int, tag: int, entry: Entry) -> Receipt: ...
+
+    @abstractmethod
+    def probe(self, tag: int, entry: Entry) -> int:
+        """Wait for a message of this tag that nobody has asked for; returns its sender."""
+
+    @abstractmethod
+    def close(self) -> None: ...
+
+
 class TorchWork(Work):
     """A torch work and what must be done once it is finished, on the caller's thread, exactly once."""
 
@@ -287,6 +326,8 @@ class Transport(ABC):
     """How one group's ranks exchange data. Ranks are group ranks; tensors are contiguous and checked by the caller."""
 
     kind: str
+    messages: Messenger | None = None
+    """Who carries messages between two ranks; None: torch.distributed."""
 
     @abstractmethod
     def post(self, stamp: bytes) -> None:

@@ -29,6 +29,7 @@ from ds_comm.kernels import sum_rows
 from ds_comm.ledger import Entry, Ledger
 from ds_comm.log import get_logger
 from ds_comm.transport._control import LINE, Control, fence
+from ds_comm.transport._messages import Messages
 from ds_comm.transport._reduce import reduce_rows
 from ds_comm.transport._segment import PAGE, Arena, NoSpaceError, Segment, round_up
 from ds_comm.transport.base import DONE, Enter, GatherWindow, ReduceWindow, Transport, Work
@@ -44,8 +45,17 @@ class ShmTransport(Transport):
 
     kind = "shm"
 
-    def __init__(self, control: Control, *, ledger: Ledger, enter: Enter, fallback: Callable[[], Transport]) -> None:
+    def __init__(
+        self,
+        control: Control,
+        *,
+        messages: Messages | None,
+        ledger: Ledger,
+        enter: Enter,
+        fallback: Callable[[], Transport],
+    ) -> None:
         self.control = control
+        self.messages = messages
         self.rank, self.size = control.rank, control.size
         self._ledger = ledger
         self._enter = enter
@@ -92,6 +102,8 @@ class ShmTransport(Transport):
         raise error
 
     def close(self) -> None:
+        if self.messages is not None:
+            self.messages.close()
         self.control.close()
         self._scratch = None
         if self._fallback is not None:
