@@ -13,7 +13,7 @@ from torch import nn
 
 import ds_comm
 from ds_comm.testing import run_ranks
-from ds_pipe import LayerSpec, PipelineError, PipelineModule, ScheduleError, pipeline, zb_h1
+from ds_pipe import LayerSpec, PipelineError, PipelineModule, PlainSync, ScheduleError, inference, pipeline, zb_h1, zb_v
 
 Trained = tuple[list[float], dict[str, torch.Tensor]]
 
@@ -70,27 +70,52 @@ def test_gloo() -> None:
     check_equal(stages, train_unsplit("tied", 3, 3))
 
 
-def gradients_left(steps: int) -> dict[str, torch.Tensor]:
+class Recording(PlainSync):
+    """What the executor calls, in order."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[str] = []
+
+    def begin_batch(self, num_micro_batches: int) -> None:
+        self.calls.append(f"begin {num_micro_batches}")
+        super().begin_batch(num_micro_batches)
+
+    def scaled(self, loss: torch.Tensor) -> torch.Tensor:
+        self.calls.append("scaled")
+        return super().scaled(loss)
+
+    def end_micro_batch(self, micro_batch: int) -> None:
+        self.calls.append(f"end {micro_batch}")
+
+    def tied_sum(self, parameter: nn.Parameter) -> torch.Tensor:
+        self.calls.append("tied sum")
+        return super().tied_sum(parameter)
+
+    def set_tied_sum(self, parameter: nn.Parameter, total: torch.Tensor) -> None:
+        self.calls.append("set tied sum")
+        super().set_tied_sum(parameter, total)
+
+
+def gradients_left(steps: int) -> tuple[list[str], dict[str, torch.Tensor]]:
     module = PipelineModule(MODELS["tied"](), loss_fn=loss_fn, seed_layers=True, partition_method="uniform")
-    calls: list[bool] = []
-    runner = pipeline(
-        module, num_micro_batches=2, sync_gradients=lambda: calls.append(all(p.grad is not None for p in params))
-    )
-    params = list(module.parameters())
+    sync = Recording()
+    runner = pipeline(module, num_micro_batches=2, gradient_sync=sync)
     data = iter(batches("tied", 2 * steps))
     for _ in range(steps):
         runner.train_batch(data)
-    assert calls == [True] * steps
-    return {name: p.grad.clone() for name, p in module.named_parameters() if p.grad is not None}
+    return sync.calls, {name: p.grad.clone() for name, p in module.named_parameters() if p.grad is not None}
 
 
 def test_without_optimizer_gradients_stay_and_add_up() -> None:
     unsplit = Unsplit(MODELS["tied"]())
     for inputs, labels in batches("tied", 4):
         (loss_fn(unsplit(inputs), labels) / 2).backward()
-    for stage in run_ranks(gradients_left, 2, 2):
-        for name, grad in stage.items():
-            assert torch.equal(grad, unsplit.get_parameter(name).grad), name
+    first, last = run_ranks(gradients_left, 2, 2)
+    for name, grad in (*first[1].items(), *last[1].items()):
+        assert torch.equal(grad, unsplit.get_parameter(name).grad), name
+    assert first[0] == ["begin 2", "end 0", "end 1", "tied sum"] * 2
+    assert last[0] == ["begin 2", "scaled", "end 0", "scaled", "end 1", "set tied sum"] * 2
 
 
 def with_dropout() -> list[Any]:
@@ -224,8 +249,10 @@ def test_refusals() -> None:
     module = nn.Linear(WIDTH, WIDTH)
     with pytest.raises(PipelineError, match="no loss_fn"):
         pipeline(module)
-    with pytest.raises(PipelineError, match="schedule 'zb_h1' cannot be run"):
-        pipeline(module, loss_fn=loss_fn, schedule=zb_h1(1, 1))
+    with pytest.raises(PipelineError, match="schedule 'inference' only goes forward"):
+        pipeline(module, loss_fn=loss_fn, schedule=inference(1, 1))
+    with pytest.raises(PipelineError, match=r"'zb_v' has 2 chunk\(s\) per stage.*; the module has 1, on"):
+        pipeline(module, loss_fn=loss_fn, schedule=zb_v(1, 1))
     with pytest.raises(PipelineError, match="2 stages and 1 micro-batches; expected the group's 1 ranks"):
         pipeline(module, loss_fn=loss_fn, schedule=zb_h1(2, 1))
     with pytest.raises(ScheduleError, match="2f2b"):

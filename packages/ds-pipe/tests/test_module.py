@@ -25,7 +25,7 @@ def stage_of(model: str, method: str) -> dict[str, Any]:
     module = PipelineModule(MODELS[model](), seed_layers=True, partition_method=method)
     return {
         "parts": module.parts,
-        "bounds": (module._local_start, module._local_stop),
+        "bounds": (module.chunks[0].start, module.chunks[0].start + len(module.chunks[0].functions)),
         "state": module.state_dict(),
         "functions": len(module.forward_funcs),
         "map": module.fwd_map,
@@ -123,7 +123,7 @@ class TestOneRank:
         assert torch.equal(module.get_parameter("0.weight"), expected)
 
     def test_refusals(self) -> None:
-        with pytest.raises(PipelineError, match="num_stages is 2, the group has 1 ranks"):
+        with pytest.raises(PipelineError, match="num_stages is 2, but there are 1 ranks"):
             PipelineModule(plain(), num_stages=2)
         with pytest.raises(PipelineError, match="the topology has 4 ranks and 2 on its axis 'pipe'"):
             PipelineModule(plain(), topology=PipeDataParallelTopology(2, 2))

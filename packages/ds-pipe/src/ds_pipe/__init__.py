@@ -18,10 +18,13 @@ if TYPE_CHECKING:
     from ds_pipe._weights import parameters_on_meta
     from ds_pipe.errors import PartitionError, PipelineError, ScheduleError
     from ds_pipe.executor import Pipeline, pipeline
+    from ds_pipe.grid import PipelineParallelGrid
     from ds_pipe.huggingface import causal_lm_loss, huggingface_name, split_causal_lm
     from ds_pipe.layers import LayerSpec, TiedLayerSpec
     from ds_pipe.module import PipelineModule
     from ds_pipe.partition import balanced, partition_layers, uniform
+    from ds_pipe.profile import profile_layers
+    from ds_pipe.rng import layer_seed, seeded
     from ds_pipe.schedule import (
         SCHEDULES,
         Action,
@@ -77,10 +80,13 @@ _NAMES = {
     "errors": ("PartitionError", "PipelineError", "ScheduleError"),
     "executor": ("Pipeline", "pipeline"),
     "_weights": ("parameters_on_meta",),
+    "grid": ("PipelineParallelGrid",),
     "huggingface": ("causal_lm_loss", "huggingface_name", "split_causal_lm"),
     "layers": ("LayerSpec", "TiedLayerSpec"),
     "module": ("PipelineModule",),
     "partition": ("balanced", "partition_layers", "uniform"),
+    "profile": ("profile_layers",),
+    "rng": ("layer_seed", "seeded"),
     "schedule": (
         "SCHEDULES",
         "Action",
@@ -143,6 +149,8 @@ __all__ = [
     # executor
     "Pipeline",
     "pipeline",
+    # grid
+    "PipelineParallelGrid",
     # huggingface
     "causal_lm_loss",
     "huggingface_name",
@@ -156,6 +164,11 @@ __all__ = [
     "balanced",
     "partition_layers",
     "uniform",
+    # profile
+    "profile_layers",
+    # random numbers
+    "layer_seed",
+    "seeded",
     # schedule
     "SCHEDULES",
     "Action",

@@ -1,21 +1,20 @@
 """`pipeline`: run a schedule over the stages of a model, one rank each.
 
-Every rank walks its part of the schedule's proven program: a receive is posted where the program has it and waited for
-at the action that needs it; a send starts where the program has it. The schedules are those with one chunk per stage
-and whole backwards: gpipe and 1f1b.
+Every rank walks its part of the schedule's proven program (`_run`). All training schedules run: one or several chunks
+per rank (`PipelineModule(num_chunks=, placement=)`), backward whole or split into input and weight gradients
+(`_split`).
 
-Invariants. Each micro-batch's loss is divided by the number of micro-batches and gradients accumulate in ascending
-micro-batch order, so that losses, gradients and weights are those of the unsplit model that accumulates the same
-micro-batches (to the bit where the layers do not depend on the strides of their inputs). Tied weights: per micro-batch
-the later stages send their gradient to the owner, the first stage that holds the weight; it adds them from the last
-stage to the first, as autograd does, and hands the sum back at the end. A failure on one stage is a PipelineError on
-all, and final: make a new group and a new pipeline.
+Invariants. Each micro-batch's loss is divided by the number of micro-batches (by `PlainSync`) and gradients accumulate
+in ascending micro-batch order, so that losses, gradients and weights are those of the unsplit model that accumulates
+the same micro-batches (to the bit where the layers do not depend on the strides of their inputs). Tied weights are
+summed once (`_ties`). A failure on one stage is a PipelineError on all, and final: make a new group and a new pipeline.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -23,20 +22,21 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 import ds_comm
-from ds_pipe._p2p import Incoming, Outbox, Receiver, Sender, flatten
+from ds_pipe._channels import ACTIVATION, EVALUATION, GRADIENT, Channels
+from ds_pipe._run import LossFn, Observer, Run, Stage
+from ds_pipe._split import SplitBackward
+from ds_pipe._ties import Ties
 from ds_pipe.errors import PipelineError
-from ds_pipe.module import PipelineModule
+from ds_pipe.module import PipelineModule, Tie
+from ds_pipe.rng import Seeds
 from ds_pipe.schedule.action import Schedule
 from ds_pipe.schedule.choose import build
 from ds_pipe.schedule.inference import inference
-from ds_pipe.schedule.lower import Op, Recv, Send, Transfer
+from ds_pipe.schedule.lower import Op, Send
 from ds_pipe.schedule.validate import validate
+from ds_pipe.sync import GradientSync, PlainSync
 
 __all__ = ["Pipeline", "pipeline"]
-
-LossFn = Callable[[Any, Any], Tensor]
-_FORWARD, _GRADIENT, _EVALUATION, _TIED = 1, 2, 3, 4  # tags of messages
-_SENDS_UNDER_WAY = 4  # the program is free of deadlock even with blocking sends, so waiting for old ones is safe
 
 
 def pipeline(
@@ -47,48 +47,64 @@ def pipeline(
     loss_fn: LossFn | None = None,
     group: dist.ProcessGroup | None = None,
     dynamic_shape: bool = False,
-    sync_gradients: Callable[[], object] | None = None,
+    gradient_sync: GradientSync | None = None,
+    dropout_seed: int | None = None,
 ) -> Pipeline:
     """This rank's stage of a running pipeline.
 
     Args:
         model: a `PipelineModule`, or any module that is this rank's stage (then `group`'s ranks are the stages).
-        schedule: "1f1b", "gpipe", or a `Schedule` with one chunk per stage and whole backwards.
+        schedule: "1f1b", "gpipe", "zb_h1", "interleaved" (a module with several chunks in a "loop"), "zb_v" (two in a
+            "v"), or a training `Schedule` with the module's chunks and placement.
         loss_fn: loss_fn(outputs, labels) -> scalar, the mean over a micro-batch; default: the module's. Every stage
-            is given one, the last calls it.
+            is given one, that of the last layers calls it.
         dynamic_shape: activations may change shape between micro-batches; costs two short messages per transfer.
-        sync_gradients: called when all gradients are in `.grad`, before the optimizer: data parallelism's place.
+        gradient_sync: how gradients are kept and reduced over replicas; default: `.grad` of this rank alone.
+        dropout_seed: in training every layer draws by a seed of its own for each (step, micro-batch, layer), so that
+            dropout does not depend on the split (`ds_pipe.rng`). Give the replicas of a pipeline different ones.
+            None: layers draw from each rank's own generator.
 
     PipelineError or ScheduleError when these do not fit each other.
     """
+    num_chunks = 1
+    placement: tuple[int, ...] = ()
     if isinstance(model, PipelineModule):
         if group is not None:
             raise PipelineError("group was given with a PipelineModule, which has its own; leave it out")
         group = model.group
         loss_fn = loss_fn or model.loss_fn
         dynamic_shape = dynamic_shape or model.dynamic_shape
+        num_chunks, placement = model.num_chunks, model.placement
     if loss_fn is None:
         raise PipelineError("no loss_fn; give every stage loss_fn(outputs, labels) -> scalar tensor")
     if not ds_comm.is_initialized():
         ds_comm.init_distributed()
     num_stages = ds_comm.get_world_size(group)
+    placement = placement or tuple(range(num_stages))
     if isinstance(schedule, str):
-        schedule = build(schedule, num_stages, num_micro_batches)
+        # A module without chunks is told below which ones the schedule needs.
+        schedule = build(schedule, num_stages, num_micro_batches, num_chunks if num_chunks > 1 else None)
     if (schedule.num_stages, schedule.num_micro_batches) != (num_stages, num_micro_batches):
         raise PipelineError(
             f"the schedule has {schedule.num_stages} stages and {schedule.num_micro_batches} micro-batches; expected "
             f"the group's {num_stages} ranks and num_micro_batches = {num_micro_batches}"
         )
-    if schedule.num_chunks > 1 or schedule.splits_backward or schedule.forward_only:
+    if schedule.forward_only:
+        raise PipelineError(f"schedule {schedule.name!r} only goes forward; expected one that trains, such as '1f1b'")
+    if schedule.placement != placement:
         raise PipelineError(
-            f"schedule {schedule.name!r} cannot be run; expected one with one chunk per stage and whole backwards: "
-            "'1f1b' or 'gpipe'"
+            f"schedule {schedule.name!r} has {schedule.num_chunks} chunk(s) per stage, on the stages "
+            f"{schedule.placement}; the module has {num_chunks}, on {placement}: give PipelineModule num_chunks= and "
+            "placement= ('v' for zb_v, 'loop' else)"
         )
-    return Pipeline(model, schedule, loss_fn, group, dynamic_shape, sync_gradients)
+    return Pipeline(model, schedule, loss_fn, group, dynamic_shape, gradient_sync or PlainSync(), dropout_seed)
 
 
 class Pipeline:
-    """What `pipeline` returns: `train_batch` and `eval_batch`, which every stage calls alike."""
+    """What `pipeline` returns: `train_batch`, `eval_batch` and `inference`, which every stage calls alike.
+
+    `step` counts the calls of train_batch (settable, for a run that goes on from a checkpoint).
+    """
 
     def __init__(
         self,
@@ -97,44 +113,54 @@ class Pipeline:
         loss_fn: LossFn,
         group: dist.ProcessGroup | None,
         dynamic_shape: bool,
-        sync_gradients: Callable[[], object] | None,
+        gradient_sync: GradientSync,
+        dropout_seed: int | None,
     ) -> None:
         self.model = model
         self.schedule = schedule
         self.stage_id, self.num_stages = ds_comm.get_rank(group), schedule.num_stages
-        self._loss_fn = loss_fn
+        self.step = 0
         self._group = group
-        self._sync_gradients = sync_gradients
+        self._dropout_seed = dropout_seed
+        self._programs: dict[int, tuple[Op, ...]] = {}  # forward only, by number of micro-batches
         self._program = validate(schedule)[self.stage_id]
-        self._device = next((p.device for p in model.parameters()), torch.device("cpu"))
-        before, after = self.stage_id - 1, self.stage_id + 1
-
-        def end(kind: type[Sender] | type[Receiver], peer: int, tag: int, label: str) -> Any:
-            label = f"{label} of stages {min(self.stage_id, peer)} and {max(self.stage_id, peer)}"
-            return kind(group, peer, tag, label, self._device, dynamic_shape)
-
-        self._senders: dict[int, Sender] = {}
-        self._receivers: dict[int, Receiver] = {}
-        for tag, label in ((_FORWARD, "activations"), (_EVALUATION, "evaluation")):
-            if not self.is_last_stage:
-                self._senders[tag] = end(Sender, after, tag, label)
-            if not self.is_first_stage:
-                self._receivers[tag] = end(Receiver, before, tag, label)
-        if not self.is_first_stage:
-            self._senders[_GRADIENT] = end(Sender, before, _GRADIENT, "gradients")
-        if not self.is_last_stage:
-            self._receivers[_GRADIENT] = end(Receiver, after, _GRADIENT, "gradients")
-        self._outbox = Outbox(_SENDS_UNDER_WAY)
-        self._tied = _Ties(model, group, self.stage_id) if isinstance(model, PipelineModule) else None
+        device = next((p.device for p in model.parameters()), torch.device("cpu"))
+        self._channels = Channels(group, self.stage_id, device, dynamic_shape)
+        for op in self._program:
+            if isinstance(op, Send):
+                purposes = (ACTIVATION, EVALUATION) if op.transfer.payload == "activation" else (GRADIENT,)
+                for purpose in purposes:
+                    self._channels.open(purpose, op.transfer.source, op.peer)
+        ties = model.ties() if isinstance(model, PipelineModule) else []
+        self._ties = Ties(ties, schedule.placement, self.stage_id, self._channels) if ties else None
+        virtuals = schedule.chunks[self.stage_id]
+        self._stage = Stage(
+            model,
+            virtuals,
+            schedule.num_virtual_stages - 1,
+            loss_fn,
+            device,
+            self._channels,
+            self._ties,
+            _splits(model, schedule, virtuals, ties),
+            gradient_sync,
+        )
         self._failure: str | None = None
 
     @property
     def is_first_stage(self) -> bool:
-        return self.stage_id == 0
+        """Whether this rank holds the first layers, which take the inputs."""
+        return self.schedule.placement[0] == self.stage_id
 
     @property
     def is_last_stage(self) -> bool:
-        return self.stage_id == self.num_stages - 1
+        """Whether this rank holds the last layers, and with them outputs and loss (the first rank with zb_v)."""
+        return self.schedule.placement[-1] == self.stage_id
+
+    @property
+    def observers(self) -> list[Observer]:
+        """Called as observer(action, start, end) after each action, in seconds of `time.perf_counter`."""
+        return self._stage.observers
 
     def train_batch(
         self, data_iter: Iterator[Any] | None = None, optimizer: torch.optim.Optimizer | None = None
@@ -147,41 +173,86 @@ class Pipeline:
         with self._failing_together():
             if not torch.is_grad_enabled():
                 raise PipelineError("train_batch() needs gradients, and they are disabled; leave torch.no_grad()")
-            run = _Run(self, self._take(data_iter, self.schedule.num_micro_batches), _FORWARD)
-            if self._tied is not None:
-                self._tied.begin()
+            num, sync = self.schedule.num_micro_batches, self._stage.sync
+            seeds = None
+            if self._dropout_seed is not None and self.model.training:
+                seeds = partial(Seeds, self._dropout_seed, self.step)
+            ends = self.is_first_stage or self.is_last_stage
+            run = Run(self._stage, self._take(data_iter, num) if ends else [], training=True, seeds=seeds)
+            sync.begin_batch(num)
+            if self._ties is not None:
+                self._ties.begin()
             run.walk(self._program)
-            if self._tied is not None:
-                self._tied.finish()
-            self._outbox.drain()
-            loss = self._share(run.total)
-            if self._sync_gradients is not None:
-                self._sync_gradients()
+            if self._ties is not None:
+                self._ties.finish(sync)
+            self._channels.drain()
+            loss = self._share(self._mean(run.losses, num))
             if optimizer is not None:
                 optimizer.step()
                 optimizer.zero_grad(set_to_none=True)
+            self.step += 1
             return loss
 
-    def eval_batch(self, data_iter: Iterator[Any] | None = None, num_micro_batches: int | None = None) -> Tensor:
+    def eval_batch(
+        self,
+        data_iter: Iterator[Any] | None = None,
+        return_logits: bool = False,
+        compute_loss: bool = True,
+        reduce_output: str | None = "avg",
+        bcast_loss: bool = True,
+        num_micro_batches: int | None = None,
+    ) -> Any:
         """The mean loss (fp32 scalar) of `num_micro_batches` (default: as in training) on every stage.
 
-        Runs in evaluation mode without gradients; the module's mode is as before afterwards.
+        Runs in evaluation mode without gradients; the module's mode is as before afterwards. `reduce_output` None
+        gives the losses of the micro-batches, fp32 [num], instead of their mean; without `bcast_loss` only the stage
+        of the last layers has them, others get None. `return_logits` gives a pair (loss, outputs), the last layers'
+        outputs per micro-batch in a list on their stage, None elsewhere. Without `compute_loss` there is no loss, and
+        those outputs (their mean over micro-batches with "avg") stand in its place; labels may be None.
+        """
+        if reduce_output not in ("avg", None):
+            raise PipelineError(f"reduce_output is {reduce_output!r}; expected 'avg' or None")
+        num = self.schedule.num_micro_batches if num_micro_batches is None else num_micro_batches
+        with self._failing_together(), self._evaluating():
+            needs_data = self.is_first_stage or (self.is_last_stage and compute_loss)
+            data = self._take(data_iter, num) if needs_data else [(None, None)] * num
+            run = Run(
+                self._stage,
+                data,
+                training=False,
+                with_loss=compute_loss,
+                with_outputs=return_logits or not compute_loss,
+            )
+            run.walk(self._forward_program(num))
+            self._channels.drain()
+            result: Any = None
+            if compute_loss:
+                mean = reduce_output == "avg"
+                found = self._mean(run.losses, num) if mean else self._stacked(run.losses, num)
+                result = self._share(found) if bcast_loss else found if self.is_last_stage else None
+            elif self.is_last_stage:
+                result = sum(run.outputs[1:], run.outputs[0]) / num if reduce_output == "avg" else run.outputs
+            if return_logits:
+                return result, run.outputs if self.is_last_stage else None
+            return result
+
+    def inference(
+        self, data_iter: Iterator[Any] | None = None, num_micro_batches: int | None = None
+    ) -> list[Any] | None:
+        """The last layers' outputs per micro-batch, on their stage (None elsewhere), in evaluation mode.
+
+        `data_iter` yields inputs alone; only the stage of the first layers needs one.
         """
         num = self.schedule.num_micro_batches if num_micro_batches is None else num_micro_batches
-        training = self.model.training
-        with self._failing_together(), torch.no_grad():
-            run = _Run(self, self._take(data_iter, num), _EVALUATION)
-            self.model.eval()
-            try:
-                run.walk(validate(inference(self.num_stages, num))[self.stage_id])
-            finally:
-                self.model.train(training)
-            self._outbox.drain()
-            return self._share(run.total, num)
+        with self._failing_together(), self._evaluating():
+            data = self._take(data_iter, num, labelled=False) if self.is_first_stage else [(None, None)] * num
+            run = Run(self._stage, data, training=False, with_loss=False, with_outputs=True)
+            run.walk(self._forward_program(num))
+            self._channels.drain()
+            ds_comm.barrier(group=self._group)
+            return run.outputs if self.is_last_stage else None
 
-    def _take(self, data_iter: Iterator[Any] | None, num: int) -> list[tuple[Any, Any]]:
-        if not (self.is_first_stage or self.is_last_stage):
-            return []
+    def _take(self, data_iter: Iterator[Any] | None, num: int, *, labelled: bool = True) -> list[tuple[Any, Any]]:
         if not isinstance(data_iter, Iterator):
             raise PipelineError(
                 f"stage {self.stage_id}: data_iter is {type(data_iter).__name__}; the first stage and the last need an "
@@ -196,14 +267,41 @@ class Pipeline:
                     f"stage {self.stage_id}: the data iterator ran dry after {len(taken)} of {num} micro-batches; give "
                     "one with whole batches, or one that repeats"
                 ) from None
+            if not labelled:
+                taken.append((batch, None))
+                continue
             if not isinstance(batch, tuple | list) or len(batch) != 2:
                 raise PipelineError(f"a micro-batch is {type(batch).__name__}; expected a pair (inputs, labels)")
             taken.append((batch[0], batch[1]))
         return taken
 
-    def _share(self, total: Tensor, num: int | None = None) -> Tensor:
-        loss = total / (num or self.schedule.num_micro_batches)
-        ds_comm.broadcast(loss, group=self._group, group_src=self.num_stages - 1, label="loss")
+    def _forward_program(self, num: int) -> tuple[Op, ...]:
+        if num not in self._programs:
+            plan = inference(self.num_stages, num, self.schedule.num_chunks, self.schedule.placement)
+            self._programs[num] = validate(plan)[self.stage_id]
+        return self._programs[num]
+
+    @contextmanager
+    def _evaluating(self) -> Iterator[None]:
+        training = self.model.training
+        self.model.eval()
+        try:
+            with torch.no_grad():
+                yield
+        finally:
+            self.model.train(training)
+
+    def _mean(self, losses: list[Tensor], num: int) -> Tensor:
+        total = torch.zeros((), device=self._stage.device)
+        for loss in losses:
+            total += loss
+        return total / num
+
+    def _stacked(self, losses: list[Tensor], num: int) -> Tensor:
+        return torch.stack(losses).float() if losses else torch.zeros(num, device=self._stage.device)
+
+    def _share(self, loss: Tensor) -> Tensor:
+        ds_comm.broadcast(loss, group=self._group, group_src=self.schedule.placement[-1], label="loss")
         return loss
 
     @contextmanager
@@ -217,125 +315,27 @@ class Pipeline:
             known = isinstance(error, PipelineError | ds_comm.CommError)
             text = str(error) if known else f"stage {self.stage_id}: {type(error).__name__}: {error}"
             self._failure = text
-            self._outbox.limit = None  # nobody may be there to receive
-            for sender in self._senders.values():
-                with suppress(RuntimeError):  # the connection may be what failed
-                    sender.fail(text, self._outbox)
-            with suppress(ds_comm.CommError):  # who waits for something else: in the loss, or for another stage
-                comm = ds_comm.communicator(self._group)
-                comm.transport.fail(ds_comm.CommError(text))
+            self._channels.fail(text)
             if isinstance(error, PipelineError):
                 raise
             raise PipelineError(text) from error
 
 
-class _Run:
-    """One walk over this stage's program."""
+def _splits(
+    model: nn.Module, schedule: Schedule, virtuals: tuple[int, ...], ties: list[Tie]
+) -> tuple[SplitBackward | None, ...]:
+    """Per chunk how its gradients are found before they are accumulated; None where backward does both.
 
-    def __init__(self, owner: Pipeline, data: list[tuple[Any, Any]], forward_tag: int) -> None:
-        self.total = torch.zeros((), device=owner._device)
-        self._owner = owner
-        self._data = data
-        self._forward_tag = forward_tag
-        self._incoming: dict[Transfer, Incoming] = {}
-        self._outgoing: dict[Transfer, Any] = {}
-        self._live: dict[int, tuple[list[Tensor], list[Tensor]]] = {}  # per micro-batch: inputs, outputs with gradients
-
-    def walk(self, program: tuple[Op, ...]) -> None:
-        owner = self._owner
-        for op in program:
-            if isinstance(op, Recv):
-                self._incoming[op.transfer] = owner._receivers[self._tag(op.transfer)].post()
-            elif isinstance(op, Send):
-                owner._senders[self._tag(op.transfer)].send(self._outgoing.pop(op.transfer), owner._outbox)
-            elif op.kind == "F":
-                self._forward(op.micro_batch)
-            else:
-                self._backward(op.micro_batch)
-
-    def _tag(self, transfer: Transfer) -> int:
-        return self._forward_tag if transfer.payload == "activation" else _GRADIENT
-
-    def _forward(self, i: int) -> None:
-        owner, stage = self._owner, self._owner.stage_id
-        if owner.is_first_stage:
-            inputs = self._data[i][0]
-        else:
-            inputs = self._incoming.pop(Transfer("activation", i, stage - 1, stage)).wait()
-        outputs = owner.model(inputs)
-        if owner.is_last_stage:
-            loss = owner._loss_fn(outputs, self._data[i][1])
-            self.total += loss.detach()
-            outputs = loss / owner.schedule.num_micro_batches if self._forward_tag == _FORWARD else loss
-        else:
-            self._outgoing[Transfer("activation", i, stage, stage + 1)] = outputs
-        if self._forward_tag == _FORWARD:
-            self._live[i] = ([] if owner.is_first_stage else _with_gradients(inputs), _with_gradients(outputs))
-
-    def _backward(self, i: int) -> None:
-        owner, stage = self._owner, self._owner.stage_id
-        inputs, outputs = self._live.pop(i)
-        gradients: list[Tensor | None] = [None]
-        if not owner.is_last_stage:
-            gradients = self._incoming.pop(Transfer("gradient", i, stage + 1, stage)).wait()
-        if outputs:
-            torch.autograd.backward(outputs, gradients)
-        if not owner.is_first_stage:
-            found = [torch.zeros_like(t) if t.grad is None else t.grad for t in inputs]
-            self._outgoing[Transfer("gradient", i, stage, stage - 1)] = found
-        if owner._tied is not None:
-            owner._tied.end_micro_batch()
-
-
-class _Ties:
-    """The gradients of weights that several stages hold."""
-
-    def __init__(self, module: PipelineModule, group: dist.ProcessGroup | None, stage_id: int) -> None:
-        self._tied = [tie for tie in module.tied_parameters() if tie[1].requires_grad]
-        self._group = group
-        self._stage = stage_id
-        self._outbox = Outbox()
-        self._sums: dict[str, Tensor | None] = {}
-
-    def begin(self) -> None:
-        for name, parameter, _ in self._tied:
-            self._sums[name], parameter.grad = parameter.grad, None
-
-    def end_micro_batch(self) -> None:
-        """Add this micro-batch's gradients, at the owners."""
-        for name, parameter, stages in self._tied:
-            own = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
-            parameter.grad = None
-            if self._stage != stages[0]:
-                self._outbox.put(own.contiguous(), self._group, stages[0], _TIED, f"tied {name}")
-                continue
-            others = [self._receive(own, stage, name) for stage in reversed(stages[1:])]
-            total = others[0]
-            for more in (*others[1:], own):
-                total = total + more
-            before = self._sums[name]
-            self._sums[name] = total if before is None else before + total
-
-    def finish(self) -> None:
-        """Put the sums into `.grad` on every stage."""
-        for name, parameter, stages in self._tied:
-            total = self._sums.pop(name)
-            if self._stage != stages[0]:
-                parameter.grad = self._receive(parameter, stages[0], name)
-                continue
-            assert total is not None
-            for stage in stages[1:]:
-                self._outbox.put(total, self._group, stage, _TIED, f"tied {name}")
-            parameter.grad = total
-        self._outbox.drain()
-
-    def _receive(self, like: Tensor, stage: int, name: str) -> Tensor:
-        found = torch.empty_like(like, requires_grad=False, memory_format=torch.contiguous_format)
-        ds_comm.irecv(found, group=self._group, tag=_TIED, group_src=stage, label=f"tied {name}").wait()
-        return found
-
-
-def _with_gradients(payload: Any) -> list[Tensor]:
-    tensors: list[Tensor] = []
-    flatten(payload, tensors)
-    return [tensor for tensor in tensors if tensor.requires_grad]
+    A weight tied between two chunks of one rank needs that too, as its gradients are summed before they accumulate.
+    """
+    doubled = [tie for tie in ties if sum(virtual in virtuals for virtual in tie.virtuals) > 1]
+    found: list[SplitBackward | None] = []
+    for chunk, virtual in enumerate(virtuals):
+        if not schedule.splits_backward and not any(virtual in tie.virtuals for tie in doubled):
+            found.append(None)
+            continue
+        parameters = model.chunks[chunk].parameters() if isinstance(model, PipelineModule) else model.parameters()
+        trainable = [parameter for parameter in parameters if parameter.requires_grad]
+        at_once = [tie.parameter for tie in ties if virtual in tie.virtuals]
+        found.append(SplitBackward(trainable, at_once=at_once, defers=schedule.splits_backward))
+    return tuple(found)

@@ -1,7 +1,8 @@
-"""`PipelineModule`: the layers of one stage, out of a model given as a list of layers.
+"""`PipelineModule`: the layers of one rank, out of a model given as a list of layers.
 
-Every rank is given the whole list and splits it in the same way (`ds_pipe.partition`); it then builds and keeps only
-its own layers, `parts[stage_id] .. parts[stage_id + 1] - 1`. A layer is a module, a function of one argument, a
+Every rank is given the whole list and splits it in the same way (`ds_pipe.partition`) into num_stages x num_chunks
+*virtual stages*: number k is the layers `parts[k] .. parts[k + 1] - 1` and lives on the rank `placement[k]`. A rank
+builds and keeps only its own ones, its `chunks`, in model order. A layer is a module, a function of one argument, a
 `LayerSpec` or a `TiedLayerSpec`. What a layer returns (a tensor, or a nested tuple, list or dict of them) is the one
 argument of the next.
 
@@ -13,10 +14,12 @@ weights do not depend on the split.
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -25,13 +28,54 @@ from torch.utils.checkpoint import checkpoint
 
 import ds_comm
 from ds_pipe.errors import PartitionError, PipelineError
+from ds_pipe.grid import PipelineParallelGrid
 from ds_pipe.layers import LayerSpec, TiedLayerSpec
 from ds_pipe.partition import partition_layers
-from ds_pipe.topology import ProcessTopology
+from ds_pipe.rng import Seeds, seeded
+from ds_pipe.schedule.action import looped_placement
+from ds_pipe.topology import PipeDataParallelTopology, ProcessTopology
 
-__all__ = ["PipelineModule"]
+__all__ = ["Chunk", "PipelineModule", "Tie"]
 
 Layer = nn.Module | LayerSpec | Callable[[Any], Any]
+
+
+class Tie(NamedTuple):
+    """A weight that layers in several virtual stages (`virtuals`, ascending) use.
+
+    `stages` are the ranks that hold it, in the order of their first use: stages[0] is the owner. `index` counts the
+    model's tied weights, on all ranks alike.
+    """
+
+    index: int
+    name: str
+    parameter: nn.Parameter
+    virtuals: tuple[int, ...]
+    stages: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """One virtual stage: its layers `start`, `start` + 1, ... as functions, and the modules among (or inside) them."""
+
+    virtual: int
+    start: int
+    functions: list[Callable[[Any], Any]]
+    modules: list[nn.Module]
+
+    def parameters(self) -> list[nn.Parameter]:
+        """All of them, each once."""
+        return list(dict.fromkeys(p for module in self.modules for p in module.parameters()))
+
+    def run(self, inputs: Any, start: int, stop: int, seeds: Seeds | None) -> Any:
+        """functions[start:stop] one after the other; with `seeds` as `rng.seeded` does it."""
+        functions = self.functions[start:stop]
+        if seeds is not None:
+            device = next((p.device for module in self.modules for p in module.parameters()), "cpu")
+            return seeded(functions, inputs, **seeds._asdict(), first_layer=self.start + start, device=device)
+        for function in functions:
+            inputs = function(inputs)
+        return inputs
 
 
 class PipelineModule(nn.Module):
@@ -39,11 +83,13 @@ class PipelineModule(nn.Module):
 
     The pipeline is the ranks of `group` (None: the world), one stage each, or with `topology` the ranks that differ
     from this one on its axis "pipe" only (then every rank of the world makes the module, as groups are created).
-    `num_stages` is a check on that. `partition_method` is "parameters", "uniform", "type:REGEX" or "profile", which
-    takes `layer_costs` (seconds per layer). `activation_checkpoint_interval` k recomputes k layers at a time in
-    backward, by `activation_checkpoint_func(function, inputs)` (None: torch's), where all their classes are in
-    `checkpointable_layers` (None: where any has parameters).
-    `dynamic_shape` allows activations of another shape from one micro-batch to the next.
+    With fewer `num_stages` than ranks the others are replicas: num_stages = 2 on 4 ranks is 2 stages x 2 replicas.
+    `partition_method` is "parameters", "uniform", "type:REGEX" or "profile", which takes `layer_costs` (seconds per
+    layer). A rank holds `num_chunks` pieces of the model, dealt by `placement`: "loop"
+    (0 1 .. p-1 0 1 .. p-1, for the schedule interleaved) or "v" (0 1 .. p-1 p-1 .. 1 0, for zb_v).
+    `activation_checkpoint_interval` k recomputes k layers at a time in backward, by `activation_checkpoint_func(
+    function, inputs)` (None: torch's), where all their classes are in `checkpointable_layers` (None: where any has
+    parameters). `dynamic_shape` allows activations of another shape from one micro-batch to the next.
 
     PartitionError when the layers cannot be split; PipelineError when stages and ranks do not fit each other.
     """
@@ -65,9 +111,11 @@ class PipelineModule(nn.Module):
         *,
         group: dist.ProcessGroup | None = None,
         layer_costs: Sequence[float] | None = None,
+        num_chunks: int = 1,
+        placement: Literal["loop", "v"] = "loop",
     ) -> None:
         super().__init__()
-        self.group, self._topology = _pipe_group(num_stages, topology, group)
+        self.group, self._topology, self._grid = _pipe_group(num_stages, topology, group)
         self.stage_id, self.num_stages = ds_comm.get_rank(self.group), ds_comm.get_world_size(self.group)
         self.loss_fn = loss_fn
         self.dynamic_shape = dynamic_shape
@@ -75,37 +123,50 @@ class PipelineModule(nn.Module):
         self.activation_checkpoint_func = activation_checkpoint_func or partial(checkpoint, use_reentrant=False)
         self.checkpointable_layers = checkpointable_layers
         self._specs = list(layers)
+        self.num_chunks = num_chunks
+        self.placement = _placement(placement, self.num_stages, num_chunks)
         self.parts = partition_layers(
             partition_method,
-            self.num_stages,
+            self.num_stages * num_chunks,
             names=[_class_name(layer) for layer in self._specs],
             parameters=_count_parameters(self._specs) if partition_method.lower() == "parameters" else None,
             costs=_checked_costs(layer_costs, len(self._specs)),
         )
-        self._local_start, self._local_stop = self.parts[self.stage_id : self.stage_id + 2]
         self.forward_funcs: list[Callable[[Any], Any]] = []
         self.fwd_map: dict[str, int] = {}
         self.tied_modules = nn.ModuleDict()
-        self._build((seed_fn or torch.manual_seed) if seed_layers else None, base_seed)
+        held = [virtual for virtual, stage in enumerate(self.placement) if stage == self.stage_id]
+        seed = (seed_fn or torch.manual_seed) if seed_layers else None
+        self.chunks = [self._build(virtual, seed, base_seed) for virtual in held]
         self._tied = _tied_stages(self._specs, self.parts)
         self._agree_on_tied_weights()
 
-    def forward(self, inputs: Any) -> Any:
-        """This stage's layers, one after the other."""
+    def forward(self, inputs: Any, chunk: int | None = None, seeds: Seeds | None = None) -> Any:
+        """The layers of `chunk` (needed where there are several), one after the other, drawing by `seeds` if given."""
+        if chunk is None and self.num_chunks > 1:
+            raise PipelineError(f"forward() of a module with {self.num_chunks} chunks; say which: forward(x, chunk=0)")
+        piece = self.chunks[chunk or 0]
         interval = self.activation_checkpoint_interval
         if interval <= 0:
-            return _chain(self.forward_funcs, inputs)
-        for start in range(0, len(self.forward_funcs), interval):
-            part = self.forward_funcs[start : start + interval]
-            if torch.is_grad_enabled() and self._is_checkpointable(part):
-                inputs = self.activation_checkpoint_func(partial(_chain, part), inputs)
+            return piece.run(inputs, 0, len(piece.functions), seeds)
+        for start in range(0, len(piece.functions), interval):
+            stop = min(start + interval, len(piece.functions))
+            if torch.is_grad_enabled() and self._is_checkpointable(piece.functions[start:stop]):
+                part = partial(piece.run, start=start, stop=stop, seeds=seeds)
+                inputs = self.activation_checkpoint_func(part, inputs)
             else:
-                inputs = _chain(part, inputs)
+                inputs = piece.run(inputs, start, stop, seeds)
         return inputs
 
     def topology(self) -> ProcessTopology:
         """The grid of ranks: the one given, or one axis "pipe"."""
         return self._topology
+
+    def mpu(self) -> PipelineParallelGrid:
+        """The groups of the grid; collective over the world when called first."""
+        if self._grid is None:
+            self._grid = PipelineParallelGrid(self._topology, self.group)
+        return self._grid
 
     def num_pipeline_stages(self) -> int:
         return self.num_stages
@@ -114,36 +175,47 @@ class PipelineModule(nn.Module):
         """The stage that holds layer `layer_idx`; IndexError for a layer that is not there."""
         if not 0 <= layer_idx < len(self._specs):
             raise IndexError(f"layer {layer_idx} is not there; the model has {len(self._specs)} layers")
-        return next(stage for stage in range(self.num_stages) if layer_idx < self.parts[stage + 1])
+        return self.placement[bisect_right(self.parts, layer_idx) - 1]
 
     def set_checkpoint_interval(self, interval: int) -> None:
         self.activation_checkpoint_interval = interval
 
-    def tied_parameters(self) -> list[tuple[str, nn.Parameter, tuple[int, ...]]]:
-        """(name, parameter, stages that hold it, ascending) of those here that other stages hold as well."""
-        return [
-            (f"{key}.{attr}", self.tied_modules[key].get_parameter(attr), stages)
-            for key, (attrs, stages) in self._tied.items()
-            if self.stage_id in stages and len(stages) > 1
-            for attr in attrs
-        ]
+    def ties(self) -> list[Tie]:
+        """The weights held here that several layers use through `TiedLayerSpec`s, in one order on all ranks."""
+        found = []
+        named = [(key, attr, virtuals) for key, (attrs, virtuals) in self._tied.items() for attr in attrs]
+        for index, (key, attr, virtuals) in enumerate(named):
+            stages = tuple(dict.fromkeys(self.placement[virtual] for virtual in virtuals))
+            if self.stage_id in stages and len(virtuals) > 1:
+                parameter = self.tied_modules[key].get_parameter(attr)
+                found.append(Tie(index, f"{key}.{attr}", parameter, virtuals, stages))
+        return found
 
-    def _build(self, seed: Callable[[int], Any] | None, base_seed: int) -> None:
-        for index in range(self._local_start, self._local_stop):
+    def tied_parameters(self) -> list[tuple[str, nn.Parameter, tuple[int, ...]]]:
+        """(name, parameter, stages that hold it, its owner first) of those here that other stages hold as well."""
+        return [(tie.name, tie.parameter, tie.stages) for tie in self.ties() if len(tie.stages) > 1]
+
+    def _build(self, virtual: int, seed: Callable[[int], Any] | None, base_seed: int) -> Chunk:
+        chunk = Chunk(virtual, self.parts[virtual], [], [])
+        for index in range(*self.parts[virtual : virtual + 2]):
             layer = self._specs[index]
             if seed is not None:
                 seed(base_seed + index)
             if isinstance(layer, TiedLayerSpec):
                 if layer.key not in self.tied_modules:
                     self.tied_modules[layer.key] = layer.build()
-                shared = self.tied_modules[layer.key]
-                self.forward_funcs.append(partial(layer.forward_fn, shared) if layer.forward_fn else shared)
-                continue
-            module = layer.build() if isinstance(layer, LayerSpec) else layer
+                module: Any = self.tied_modules[layer.key]
+                function = partial(layer.forward_fn, module) if layer.forward_fn else module
+            else:
+                function = module = layer.build() if isinstance(layer, LayerSpec) else layer
+                if isinstance(module, nn.Module):
+                    self.add_module(str(index), module)
+                    self.fwd_map[str(index)] = len(self.forward_funcs)
             if isinstance(module, nn.Module):
-                self.add_module(str(index), module)
-                self.fwd_map[str(index)] = len(self.forward_funcs)
-            self.forward_funcs.append(module)
+                chunk.modules.append(module)
+            chunk.functions.append(function)
+            self.forward_funcs.append(function)
+        return chunk
 
     def _agree_on_tied_weights(self) -> None:
         for name, parameter, stages in self.tied_parameters():
@@ -163,10 +235,16 @@ class PipelineModule(nn.Module):
         return any(True for module in modules for _ in module.parameters())
 
 
-def _chain(functions: Sequence[Callable[[Any], Any]], inputs: Any) -> Any:
-    for function in functions:
-        inputs = function(inputs)
-    return inputs
+def _placement(name: str, num_stages: int, num_chunks: int) -> tuple[int, ...]:
+    """The stage of each virtual stage."""
+    if num_chunks < 1 or name not in ("loop", "v") or (name == "v" and num_chunks != 2):
+        raise PartitionError(
+            f"num_chunks is {num_chunks} and placement {name!r}; expected at least one chunk, and 'loop' or, with two "
+            "chunks, 'v'"
+        )
+    if name == "v":
+        return (*range(num_stages), *reversed(range(num_stages)))
+    return looped_placement(num_stages, num_chunks)
 
 
 def _class_name(layer: Layer) -> str:
@@ -194,45 +272,42 @@ def _checked_costs(costs: Sequence[float] | None, num_layers: int) -> Sequence[f
 
 
 def _tied_stages(layers: Sequence[Layer], parts: Sequence[int]) -> dict[str, tuple[list[str], tuple[int, ...]]]:
-    """Per key: the attributes that are tied, and the stages that hold a layer of the key, ascending."""
+    """Per key: the attributes that are tied, and the virtual stages that hold a layer of the key, ascending."""
     found: dict[str, tuple[list[str], tuple[int, ...]]] = {}
-    for stage, (start, stop) in enumerate(pairwise(parts)):
+    for virtual, (start, stop) in enumerate(pairwise(parts)):
         for layer in layers[start:stop]:
             if isinstance(layer, TiedLayerSpec):
-                attrs, stages = found.get(layer.key, ([], ()))
+                attrs, held = found.get(layer.key, ([], ()))
                 attrs = attrs + [attr for attr in layer.tied_weight_attr if attr not in attrs]
-                found[layer.key] = (attrs, stages if stage in stages else (*stages, stage))
+                found[layer.key] = (attrs, held if virtual in held else (*held, virtual))
     return found
 
 
 def _pipe_group(
     num_stages: int | None, topology: ProcessTopology | None, group: dist.ProcessGroup | None
-) -> tuple[dist.ProcessGroup | None, ProcessTopology]:
-    """The group whose ranks are the stages, and the grid."""
+) -> tuple[dist.ProcessGroup | None, ProcessTopology, PipelineParallelGrid | None]:
+    """The group whose ranks are the stages, the topology, and the grid where one had to be made."""
     if not ds_comm.is_initialized():
         ds_comm.init_distributed()
+    size = ds_comm.get_world_size(group)
+    replicas, rest = divmod(size, num_stages or size)
+    if topology is None and group is None and num_stages is not None and replicas > 1 and not rest:
+        topology = PipeDataParallelTopology(num_stages, replicas)
     if topology is None:
-        size = ds_comm.get_world_size(group)
         if num_stages not in (None, size):
             raise PipelineError(
-                f"num_stages is {num_stages}, the group has {size} ranks; expected one rank per stage: give "
-                "topology=PipeDataParallelTopology(num_pp, num_dp) for more ranks than stages"
+                f"num_stages is {num_stages}, but there are {size} ranks; expected one rank per stage, or a multiple"
+                " of that for several replicas of the pipeline"
             )
-        return group, ProcessTopology(["pipe"], [size])
+        return group, ProcessTopology(["pipe"], [size]), None
     if group is not None:
         raise PipelineError("topology and group were both given; a topology spans the world, so give only one")
-    if topology.world_size() != ds_comm.get_world_size() or num_stages not in (None, topology.get_dim("pipe")):
+    if topology.world_size() != size or num_stages not in (None, topology.get_dim("pipe")):
         raise PipelineError(
             f"the topology has {topology.world_size()} ranks and {topology.get_dim('pipe')} on its axis 'pipe'; "
-            f"expected the world's {ds_comm.get_world_size()} ranks and num_stages = {num_stages}"
+            f"expected the world's {size} ranks and num_stages = {num_stages}"
         )
-    if topology.get_dim("pipe") == topology.world_size():
-        return None, topology
-    mine = None
-    for ranks in topology.get_axis_comm_lists("pipe"):
-        made = ds_comm.new_group(ranks)
-        if ds_comm.get_rank() in ranks:
-            mine = made
-    if mine is None:
+    if not topology.get_dim("pipe"):
         raise PipelineError(f"the topology has the axes {topology.get_axis_names()}; expected one named 'pipe'")
-    return mine, topology
+    grid = PipelineParallelGrid(topology)
+    return (None if topology.get_dim("pipe") == size else grid.get_pipe_parallel_group()), topology, grid

@@ -1,0 +1,278 @@
+"""Backward in two parts, I (input gradient) and W (weight gradient), with the bits of autograd's own backward.
+
+Forward runs under a mode that sees every torch call with a parameter. Where a weight enters through `F.linear`,
+`torch.addmm` or a matrix product, the call goes through an autograd node (`_Product`) whose backward gives the input's
+gradient and keeps (input, output's gradient) for W. I is then `torch.autograd.grad` with respect to the chunk's inputs
+and all its parameters: what is not deferred (norms, embeddings, convolutions) comes out there. W computes the kept
+products, the same calls in the same layouts as autograd's own formulas, and hands each to its parameter through a
+`_Deliver` node, so that AccumulateGrad runs with every hook on it, once, and may keep the tensor without a copy.
+
+Invariants. A parameter that several calls of one forward take is not deferred: autograd sums its gradient as ever, in
+its own order. Nothing is deferred under autocast, for tensor subclasses, or outside the three forms above. A recompute
+in I (activation checkpointing that is not reentrant) runs under the same mode, so that it saves what the forward saved.
+Tensor hooks of parameters run when the gradient is delivered, not in I.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+__all__ = ["Record", "SplitBackward", "deliver"]
+
+Gradients = tuple[Tensor | None, ...]
+Part = tuple[Callable[[], Gradients], list[nn.Parameter]]  # makes the gradients of these parameters
+
+
+class Record:
+    """One micro-batch's forward of one chunk: how often each parameter was used, and what I leaves for W."""
+
+    __slots__ = ("deferred", "rest", "uses")
+
+    def __init__(self) -> None:
+        self.uses: dict[int, int] = {}
+        self.deferred: list[Part] = []
+        self.rest: dict[nn.Parameter, Tensor] = {}
+
+
+class SplitBackward:
+    """I and W of one chunk, whose trainable parameters are given; those in `at_once` are never deferred.
+
+    Without `defers` none is, and W only delivers what I found.
+    """
+
+    def __init__(
+        self, parameters: Sequence[nn.Parameter], *, at_once: Sequence[nn.Parameter] = (), defers: bool = True
+    ) -> None:
+        self.parameters = list(parameters)
+        known = {id(parameter) for parameter in parameters}
+        self._mode = _Mode(known, known - {id(parameter) for parameter in at_once}) if defers else None
+
+    @contextmanager
+    def watching(self, record: Record, *, recomputing: bool = False) -> Iterator[None]:
+        """Around the chunk's forward, and its recompute."""
+        mode = self._mode
+        if mode is None:
+            yield
+            return
+        mode.record, mode.counts = record, not recomputing
+        with mode:
+            yield
+
+    def input_gradients(
+        self, record: Record, outputs: list[Tensor], gradients: list[Tensor | None], inputs: list[Tensor]
+    ) -> list[Tensor | None]:
+        """I: the gradients of `inputs`; what parameters get waits in `record`."""
+        if not outputs or not (inputs or self.parameters):
+            return [None] * len(inputs)
+        wanted = [*inputs, *self.parameters]
+        with _without_tensor_hooks(self.parameters), self.watching(record, recomputing=True):
+            found = torch.autograd.grad(outputs, wanted, gradients, allow_unused=True)
+        of_parameters = zip(self.parameters, found[len(inputs) :], strict=True)
+        record.rest = {parameter: gradient for parameter, gradient in of_parameters if gradient is not None}
+        return list(found[: len(inputs)])
+
+    def accumulate(self, record: Record) -> None:
+        """W: compute what was deferred, and deliver all gradients of the micro-batch."""
+        parts: list[Part] = []
+        rest = record.rest
+        for make, parameters in record.deferred:
+            # Used once more where the mode does not see it (a scripted module): a sum of two, in either order.
+            more = {at: rest.pop(parameter) for at, parameter in enumerate(parameters) if parameter in rest}
+            parts.append((_with_more(make, more) if more else make, parameters))
+        record.deferred = []
+        deliver(parts, rest)
+
+
+def deliver(parts: list[Part], rest: dict[nn.Parameter, Tensor]) -> None:
+    """Give parameters their gradients through autograd: what `parts` make, one after the other, then `rest`.
+
+    Empties both, so that a gradient has no other owner when it is accumulated.
+    """
+
+    def give() -> Gradients:
+        gradients = tuple(rest.values())
+        rest.clear()
+        return gradients
+
+    nodes = [_Deliver.apply(give, *rest)] if rest else []
+    nodes += [_Deliver.apply(make, *parameters) for make, parameters in parts]
+    parts.clear()
+    if nodes:
+        torch.autograd.backward(nodes)
+
+
+class _Deliver(torch.autograd.Function):
+    """Stands where a forward would: its backward makes the gradients, which go on to AccumulateGrad."""
+
+    @staticmethod
+    def forward(ctx: Any, make: Callable[[], Gradients], *parameters: Tensor) -> Tensor:
+        ctx.make = make
+        return parameters[0].new_empty(())
+
+    @staticmethod
+    def backward(ctx: Any, *_: Any) -> Any:
+        make, ctx.make = ctx.make, None
+        return (None, *make())
+
+
+class _Call(NamedTuple):
+    """A call of one of the three forms: inputs @ matrix (+ bias); the matrix is weight.T for "linear", else weight."""
+
+    form: str
+    inputs: Any
+    weight: Any
+    bias: Any
+
+
+_FORMS: dict[Any, str] = {
+    nn.functional.linear: "linear",
+    **dict.fromkeys((torch.addmm, Tensor.addmm), "addmm"),
+    **dict.fromkeys((torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.mm, Tensor.mm), "matmul"),
+}
+_PLAIN = (Tensor, nn.Parameter)
+
+
+def _parse(form: str, args: Any, kwargs: Any) -> _Call | None:
+    if form == "linear" and 2 <= len(args) <= 3 and not kwargs.keys() - {"bias"}:
+        return _Call(form, args[0], args[1], args[2] if len(args) == 3 else kwargs.get("bias"))
+    if form == "addmm" and len(args) == 3 and not kwargs:
+        return _Call(form, args[1], args[2], args[0])
+    if form == "matmul" and len(args) == 2 and not kwargs:
+        return _Call(form, args[0], args[1], None)
+    return None
+
+
+class _Mode(TorchFunctionMode):
+    """Counts the uses of parameters, and sends products with them through `_Product`."""
+
+    def __init__(self, known: set[int], deferrable: set[int]) -> None:
+        super().__init__()
+        self._known = known
+        self._deferrable = deferrable
+        self.record = Record()
+        self.counts = True
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        form = _FORMS.get(func)
+        call = _parse(form, args, kwargs) if form is not None and torch.is_grad_enabled() else None
+        if call is not None and self._defers(call):
+            result: Any = _Product.apply(self.record, self._deferrable, *call)
+        else:
+            result = func(*args, **kwargs)
+        if self.counts:
+            self._count(result, args, kwargs)
+        return result
+
+    def _defers(self, call: _Call) -> bool:
+        form, inputs, weight, bias = call
+        if id(weight) not in self._deferrable or type(inputs) not in _PLAIN or type(weight) not in _PLAIN:
+            return False
+        if weight.dim() != 2 or inputs.dim() < 2 or inputs.dtype != weight.dtype or inputs.layout != torch.strided:
+            return False
+        width = weight.shape[0] if form == "linear" else weight.shape[1]
+        if bias is not None and (type(bias) not in _PLAIN or bias.shape != (width,) or bias.dtype != weight.dtype):
+            return False
+        return not torch.is_autocast_enabled(inputs.device.type)
+
+    def _count(self, result: Any, args: Any, kwargs: Any) -> None:
+        if not (result.requires_grad if isinstance(result, Tensor) else isinstance(result, tuple | list)):
+            return
+        uses, known = self.record.uses, self._known
+        for given in (*args, *kwargs.values()):
+            for value in given if isinstance(given, tuple | list) else (given,):
+                if id(value) in known:
+                    uses[id(value)] = uses.get(id(value), 0) + 1
+
+
+class _Product(torch.autograd.Function):
+    """One call of `_FORMS` whose weight's and bias's gradients are left for W."""
+
+    @staticmethod
+    def forward(ctx: Any, record: Record, deferrable: set[int], form: str, inputs: Any, weight: Any, bias: Any) -> Any:
+        ctx.record, ctx.deferrable, ctx.form, ctx.weight, ctx.bias = record, deferrable, form, weight, bias
+        # Where autograd's own linear adds the bias to the flattened product, it also sums the flattened gradient.
+        ctx.flat = form == "addmm" or inputs.dim() == 2 or (inputs.dim() == 3 and inputs.is_contiguous())
+        matrix = weight.t() if form == "linear" else weight
+        ctx.column_major = matrix.stride(0) == 1 and matrix.stride(1) == matrix.shape[0]
+        ctx.save_for_backward(inputs, weight if inputs.requires_grad else None)
+        if form == "linear":
+            return nn.functional.linear(inputs, weight, bias)
+        return torch.matmul(inputs, weight) if form == "matmul" else torch.addmm(bias, inputs, weight)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any) -> Any:
+        (gradient,) = gradients
+        inputs, weight = ctx.saved_tensors
+        record = ctx.record
+        rows = gradient.reshape(-1, gradient.shape[-1])
+        flat = inputs.reshape(-1, inputs.shape[-1])
+        of_inputs = None
+        if weight is not None:
+            matrix = weight.t() if ctx.form == "linear" else weight
+            of_inputs = _input_gradient(rows, flat, matrix).reshape(inputs.shape)
+        makers = (
+            (ctx.weight, partial(_weight_gradient, rows, flat, ctx.column_major, ctx.form == "linear")),
+            (ctx.bias, partial(torch.Tensor.sum_to_size, rows if ctx.flat else gradient, rows.shape[-1])),
+        )
+        now: list[Tensor | None] = [None, None]
+        later: list[tuple[nn.Parameter, Callable[[], Tensor]]] = []
+        for at, (parameter, make) in enumerate(makers):
+            if parameter is None or not parameter.requires_grad:
+                continue
+            if id(parameter) in ctx.deferrable and record.uses.get(id(parameter), 0) <= 1:
+                later.append((parameter, make))
+            else:
+                now[at] = make()
+        if later:
+            record.deferred.append(_together(later))
+        return (None, None, None, of_inputs, *now)
+
+
+def _together(later: list[tuple[nn.Parameter, Callable[[], Tensor]]]) -> Part:
+    makes = [make for _, make in later]
+    return lambda: tuple(make() for make in makes), [parameter for parameter, _ in later]
+
+
+def _with_more(make: Callable[[], Gradients], more: dict[int, Tensor]) -> Callable[[], Gradients]:
+    def both() -> Gradients:
+        made = make()
+        return tuple(one if at not in more else more[at] + one for at, one in enumerate(made))
+
+    return both
+
+
+# The two formulas, layouts included, are those of torch's derivative of mm: a gradient has the order of its operand.
+
+
+def _input_gradient(gradient: Tensor, inputs: Tensor, matrix: Tensor) -> Tensor:
+    """Of inputs [rows, k] in inputs @ matrix [k, n], given that of the product [rows, n]."""
+    if inputs.stride(0) == 1 and inputs.stride(1) == inputs.shape[0]:
+        return matrix.mm(gradient.t()).t()
+    return gradient.mm(matrix.t())
+
+
+def _weight_gradient(gradient: Tensor, inputs: Tensor, column_major: bool, transposed: bool) -> Tensor:
+    """Of the weight, whose matrix [k, n] (its transpose where `transposed`) lies in columns or in rows."""
+    found = gradient.t().mm(inputs).t() if column_major else inputs.t().mm(gradient)
+    return found.t() if transposed else found
+
+
+@contextmanager
+def _without_tensor_hooks(parameters: Sequence[nn.Parameter]) -> Iterator[None]:
+    """`torch.autograd.grad` would run the tensor hooks of what it is asked for; they run at delivery instead."""
+    taken = [(hooks, dict(hooks)) for parameter in parameters if (hooks := parameter._backward_hooks)]
+    for hooks, _ in taken:
+        hooks.clear()
+    try:
+        yield
+    finally:
+        for hooks, kept in taken:
+            hooks.update(kept)
