@@ -37,9 +37,11 @@ from ds_zero.errors import CheckpointError, LayoutError, NonFiniteGradientError,
 from ds_zero.init import GatheredParameters, Init, register_external_parameter, unregister_external_parameter
 from ds_zero.layout import ShardMap, plan_shard_map
 from ds_zero.optimizer import ZeroOptimizer
+from ds_zero.part import ModelPart
 from ds_zero.pieces import OptimizerPiece, OptimizerSlot, PieceBatch, PiecewiseOptimizer
 from ds_zero.shard import shard, sharded_of
 from ds_zero.sharded import ShardedModel
+from ds_zero.stage import accumulated_gradient, gathered_units, set_accumulated_gradient
 
 __all__ = [
     "CheckpointError",
@@ -48,6 +50,7 @@ __all__ = [
     "LayoutError",
     "LossScaleConfig",
     "MemoryCost",
+    "ModelPart",
     "NonFiniteGradientError",
     "OptimizerPiece",
     "OptimizerSlot",
@@ -64,6 +67,8 @@ __all__ = [
     "ZeroParameter",
     "ZeroStateError",
     "__version__",
+    "accumulated_gradient",
+    "gathered_units",
     "get_z3_leaf_modules",
     "memory_per_rank",
     "plan_shard_map",
@@ -81,6 +86,7 @@ __all__ = [
     "safe_set_local_grad",
     "safe_set_local_optimizer_state",
     "safe_update_full_grad_vectorized",
+    "set_accumulated_gradient",
     "set_z3_leaf_modules",
     "shard",
     "sharded_of",

@@ -23,6 +23,7 @@ shares them, and in backward from the arrival of its outputs' gradients to the e
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -236,6 +237,19 @@ class GatherHooks:
             unit.release()
 
     # -- gathering ---------------------------------------------------------------------------------------------
+
+    @contextlib.contextmanager
+    def gathered(self, unit: Unit) -> Iterator[None]:
+        """Have one unit gathered outside of forward and backward; afterwards it is as before."""
+        before = unit.status
+        if unit in self._prefetched:
+            self._wait_prefetched([unit])
+        unit.gather()
+        try:
+            yield
+        finally:
+            if before is UnitStatus.SHARDED:
+                unit.release()
 
     def _use(self, unit: Unit) -> None:
         """Have the unit gathered now."""

@@ -10,7 +10,7 @@ import functools
 import importlib
 import importlib.util
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Iterator, Sequence
 from types import ModuleType
 
 import torch
@@ -25,6 +25,9 @@ CHUNK_NUMEL = 1 << 16
 """Elements converted to fp64 at a time; half a MiB stays in the cache."""
 
 NO_CULPRIT = 1 << 62
+
+MAX_NAME_NBYTES = 512
+"""Of a parameter's name that travels between the parts of a model."""
 
 
 @functools.cache
@@ -54,19 +57,45 @@ def sum_of_squares(values: Tensor) -> Tensor:
     return total
 
 
-def global_norm(units: Sequence[Unit], comm: Communicator, *, sharded: bool) -> float:
-    """L2 norm over all units' mean gradients; the same float on every rank (inf or NaN if any element is)."""
-    if not units:
+def global_norm(
+    units: Sequence[Unit],
+    comm: Communicator,
+    *,
+    sharded: bool,
+    parts: Communicator | None = None,
+    duplicates: Collection[str] = (),
+) -> float:
+    """L2 norm over all units' mean gradients; the same float on every rank (inf or NaN if any element is).
+
+    Args:
+        parts: over the other parts of the model, whose units count as well.
+        duplicates: names of parameters that another part counts.
+    """
+    if not units and parts is None:
         return 0.0
-    squares = [sum_of_squares(part) for unit in units for _, part in unit.grad_parts(0, unit.stop - unit.start)]
-    total = torch.stack(squares).sum().reshape(1)
+    squares = [sum_of_squares(part) for unit in units for part in _counted(unit, duplicates)]
+    device = units[0].device if units else torch.device("cpu")
+    total = torch.stack(squares).sum().reshape(1) if squares else torch.zeros(1, dtype=torch.float64, device=device)
     if sharded:
         comm.all_reduce(total, label="gradient norm")
+    if parts is not None:
+        parts.all_reduce(total, label="gradient norm of all parts")
     return float(total.sqrt().float())
 
 
-def first_nonfinite(units: Sequence[Unit], comm: Communicator) -> str:
-    """Name of the first parameter (in unit order) whose gradient holds inf or NaN on any rank; collective."""
+def _counted(unit: Unit, duplicates: Collection[str]) -> Iterator[Tensor]:
+    """The gradients of the own range, 1-D, without those of duplicates."""
+    if not any(slot.name in duplicates for slot in unit.layout.slots):
+        for _, part in unit.grad_parts(0, unit.stop - unit.start):
+            yield part
+        return
+    for piece in unit.layout.pieces(unit.start, unit.stop):
+        if piece.slot.name not in duplicates:
+            yield unit.grad_of(piece)
+
+
+def first_nonfinite(units: Sequence[Unit], comm: Communicator, parts: Communicator | None = None) -> str:
+    """Name of the first parameter (by part, then unit) whose gradient holds inf or NaN on any rank; collective."""
     found = NO_CULPRIT
     names: list[str] = []
     for unit in sorted(units, key=lambda u: u.layout.index):
@@ -78,6 +107,22 @@ def first_nonfinite(units: Sequence[Unit], comm: Communicator) -> str:
             if not bool(torch.isfinite(unit.grad[piece.offset : piece.offset + piece.numel]).all()):
                 found = base + unit.layout.slots.index(piece.slot)
                 break
-    flag = torch.tensor([found], dtype=torch.int64, device=units[0].device)
+    flag = torch.tensor([found], dtype=torch.int64, device=units[0].device if units else torch.device("cpu"))
     comm.all_reduce(flag, ReduceOp.MIN, label="first non-finite gradient")
-    return names[int(flag)] if int(flag) != NO_CULPRIT else "the global norm (it overflowed fp32)"
+    name = names[int(flag)] if int(flag) != NO_CULPRIT else ""
+    if parts is not None:
+        name = _first_name(name, parts, flag.device)
+    return name or "the global norm (it overflowed fp32)"
+
+
+def _first_name(name: str, parts: Communicator, device: torch.device) -> str:
+    """The first part's name that is not empty; collective."""
+    flag = torch.tensor([parts.rank if name else NO_CULPRIT], dtype=torch.int64, device=device)
+    parts.all_reduce(flag, ReduceOp.MIN, label="first part with a non-finite gradient")
+    if int(flag) == NO_CULPRIT:
+        return ""
+    text = torch.zeros(MAX_NAME_NBYTES, dtype=torch.uint8, device=device)
+    encoded = name.encode()[:MAX_NAME_NBYTES]
+    text[: len(encoded)] = torch.tensor(list(encoded), dtype=torch.uint8, device=device)
+    parts.broadcast(text, int(flag), label="name of the first non-finite gradient")
+    return bytes(text.tolist()).rstrip(b"\0").decode(errors="replace")

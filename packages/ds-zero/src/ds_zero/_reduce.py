@@ -83,6 +83,16 @@ class GradientReducer:
 
     # -- a micro-batch -----------------------------------------------------------------------------------------
 
+    def announce(self, num_micro_batches: int) -> None:
+        """The step to come has so many micro-batches. ZeroStateError when part of it has been reduced already."""
+        if self.micro_batches:
+            raise ZeroStateError(
+                f"a step of {num_micro_batches} micro-batches is announced, but {self.micro_batches} have been reduced"
+                " since the last one; call step() or zero_grad() first"
+            )
+        self.divisor = num_micro_batches
+        self._accumulates = num_micro_batches > 1
+
     def arrived(self, unit: Unit, slot: int) -> None:
         """Autograd finished the gradient of one parameter."""
         self._started = True
@@ -212,7 +222,7 @@ class GradientReducer:
 
     def _learn_plan(self) -> None:
         """After the first micro-batch: reduce in the order in which rank 0 saw the units complete."""
-        if self._observed is None:
+        if self._observed is None or not self.plan:
             return
         order = dict.fromkeys(self._observed)
         order.update(dict.fromkeys(self.plan))

@@ -52,7 +52,7 @@ def _own(place: Place, flat: Tensor | None) -> tuple[int, Tensor] | None:
     return low - slot.offset, flat[low - unit.start : high - unit.start]
 
 
-def _gather(place: Place, own: tuple[int, Tensor] | None, label: str) -> Tensor | None:
+def full_of_part(place: Place, own: tuple[int, Tensor] | None, label: str) -> Tensor | None:
     """Full fp32 parameter-shaped tensor from every rank's part (collective where the state is sharded)."""
     if own is None:
         return None
@@ -65,7 +65,7 @@ def _gather(place: Place, own: tuple[int, Tensor] | None, label: str) -> Tensor 
     return full.view(slot.shape)
 
 
-def _scatter(place: Place, own: tuple[int, Tensor] | None, value: Tensor, label: str) -> None:
+def write_part(place: Place, own: tuple[int, Tensor] | None, value: Tensor, label: str) -> None:
     """Write the own part of a full value."""
     slot = place.unit.layout.slots[place.index]
     if tuple(value.shape) != slot.shape:
@@ -87,6 +87,11 @@ def _grad(place: Place) -> Tensor | None:
     """The accumulated gradient, laid out like the own range: the mean, or the running sum (`_grad_factor`)."""
     unit = place.unit
     return None if unit.grad_kind is GradKind.EMPTY else unit.grad
+
+
+def part_of_gradient(place: Place) -> tuple[int, Tensor] | None:
+    """This rank's elements of the accumulated gradient: (first element, view)."""
+    return _own(place, _grad(place))
 
 
 def _grad_factor(place: Place) -> float:
@@ -145,7 +150,7 @@ def _after_master_write(place: Place) -> None:
 def safe_get_full_fp32_param(parameter: nn.Parameter) -> Tensor | None:
     """The full fp32 master, in the parameter's shape (a copy)."""
     place = place_of(parameter)
-    return None if place is None else _gather(place, _own(place, _master(place)), "master")
+    return None if place is None else full_of_part(place, _own(place, _master(place)), "master")
 
 
 def safe_get_full_grad(parameter: nn.Parameter) -> Tensor | None:
@@ -158,7 +163,7 @@ def safe_get_full_grad(parameter: nn.Parameter) -> Tensor | None:
     optimizer = _optimizer(place)
     if optimizer is not None:
         optimizer.end_backward()
-    full = _gather(place, _own(place, _grad(place)), "gradient")
+    full = full_of_part(place, part_of_gradient(place), "gradient")
     return None if full is None else full.mul_(_grad_factor(place))
 
 
@@ -181,7 +186,7 @@ def safe_get_full_optimizer_state(parameter: nn.Parameter, key: str) -> Tensor |
             problem = ZeroStateError(f"optimizer state {key!r} is one number per parameter, not one per element")
     if problem is not None:
         raise problem
-    return _gather(place, own, key)
+    return full_of_part(place, own, key)
 
 
 def safe_set_full_fp32_param(parameter: nn.Parameter, value: Tensor) -> None:
@@ -189,7 +194,7 @@ def safe_set_full_fp32_param(parameter: nn.Parameter, value: Tensor) -> None:
     place = place_of(parameter)
     if place is not None:
         _before_master_write(place)
-        _scatter(place, _own(place, _master(place)), value, "master")
+        write_part(place, _own(place, _master(place)), value, "master")
         _after_master_write(place)
 
 
@@ -201,7 +206,7 @@ def safe_set_full_grad(parameter: nn.Parameter, value: Tensor) -> None:
     place = place_of(parameter)
     if place is not None:
         grad = _grad(place)
-        _scatter(place, _own(place, grad), value if grad is None else value / _grad_factor(place), "gradient")
+        write_part(place, _own(place, grad), value if grad is None else value / _grad_factor(place), "gradient")
 
 
 def safe_set_full_optimizer_state(parameter: nn.Parameter, value: Tensor, key: str) -> None:
@@ -209,7 +214,7 @@ def safe_set_full_optimizer_state(parameter: nn.Parameter, value: Tensor, key: s
     place = place_of(parameter)
     if place is not None:
         place.owner.gate.wait()
-        _scatter(place, _state(place, key), value, key)
+        write_part(place, _state(place, key), value, key)
 
 
 def safe_update_full_grad_vectorized(

@@ -193,6 +193,19 @@ class ShardMap:
                     return unit, slot
         raise LayoutError(f"parameter {name!r} is not in the shard map of {len(self.units)} units; check its spelling")
 
+    @staticmethod
+    def joined(parts: Sequence[ShardMap]) -> ShardMap:
+        """The map of a model from those of its parts, in order; a name that several parts have counts once."""
+        units: list[UnitLayout] = []
+        seen: set[str] = set()
+        for part in parts:
+            for unit in part.units:
+                slots = tuple(slot for slot in unit.slots if slot.name not in seen)
+                seen.update(slot.name for slot in slots)
+                if slots:
+                    units.append(dataclasses.replace(unit, index=len(units), slots=slots))
+        return ShardMap(tuple(units), parts[0].num_shards, parts[0].state_shards)
+
     def fingerprint(self) -> str:
         """Hash of the whole layout; equal on all ranks or the ranks built different models."""
         return hashlib.sha256(repr(self).encode()).hexdigest()[:16]

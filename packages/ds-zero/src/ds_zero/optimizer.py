@@ -26,7 +26,7 @@ from ds_zero._unit import GradKind, Unit
 from ds_zero.config import ZeroConfig
 from ds_zero.errors import NonFiniteGradientError, ZeroStateError
 from ds_zero.layout import ShardMap
-from ds_zero.precision import LossScaler
+from ds_zero.precision import DTYPES, LossScaler, dtype_name
 from ds_zero.sharded import ShardedModel
 from ds_zero.state import StateSegment, UpdateGate
 
@@ -61,9 +61,12 @@ class ZeroOptimizer(Optimizer):
         self.overflow = False
         self.grad_norm: float | None = None
         self.step_applied = False
-        fp16 = any(unit.layout.dtype == "float16" for unit in sharded.trainable)
+        dtypes = {unit.layout.dtype for unit in sharded.trainable}
+        if sharded.model_part is not None and self.config.dtype is not None:
+            dtypes.add(dtype_name(DTYPES[self.config.dtype]))  # a part without parameters scales with the others
+        fp16 = "float16" in dtypes
         self.scaler = LossScaler(self.config.loss_scaling, enabled=fp16)
-        self._low_precision = any(unit.layout.dtype != "float32" for unit in sharded.trainable)
+        self._low_precision = bool(dtypes - {"float32"})
         self._sync = True
         self._loss_is_scaled = False
         self._gradients_arrived = False
@@ -101,7 +104,7 @@ class ZeroOptimizer(Optimizer):
 
     def _arrival(self, unit: Unit, index: int) -> Callable[[Tensor], None]:
         def arrived(parameter: Tensor) -> None:
-            if self.loss_scale != 1.0 and not self._loss_is_scaled:
+            if self.loss_scale != 1.0 and not self._loss_is_scaled and self.sharded.model_part is None:
                 raise ZeroStateError(
                     f"backward() of an unscaled loss, but this fp16 model trains with loss scale {self.loss_scale:g};"
                     " call optimizer.backward(loss), or optimizer.scale(loss).backward()"
@@ -207,7 +210,7 @@ class ZeroOptimizer(Optimizer):
         self.gate.wait()
         for unit in self.sharded.trainable:
             unit.absorb_edits()
-        norm = global_norm(self.sharded.trainable, self.comm, sharded=self.sharded.parts.state) / self.loss_scale
+        norm = self._global_norm() / self.loss_scale
         self.grad_norm = norm
         check = self.config.check_nonfinite or self.scaler.enabled  # a loss scale cannot do without
         self.overflow = check and not math.isfinite(norm)
@@ -221,6 +224,13 @@ class ZeroOptimizer(Optimizer):
         self.reducer.clear()
         return loss
 
+    def _global_norm(self) -> float:
+        part, units = self.sharded.model_part, self.sharded.trainable
+        if part is None:
+            return global_norm(units, self.comm, sharded=self.sharded.parts.state)
+        names = self.sharded.duplicate_names
+        return global_norm(units, self.comm, sharded=self.sharded.parts.state, parts=part.comm, duplicates=names)
+
     def _coefficient(self, norm: float) -> float:
         """The one factor between the mean gradient and what the optimizer sees: unscale and clip."""
         limit = self.config.gradient_clipping
@@ -229,7 +239,8 @@ class ZeroOptimizer(Optimizer):
 
     def _skip(self) -> None:
         """A boundary with inf or NaN: nothing changes; say what and where."""
-        culprit = first_nonfinite(self.sharded.trainable, self.comm)
+        part = self.sharded.model_part
+        culprit = first_nonfinite(self.sharded.trainable, self.comm, None if part is None else part.comm)
         skip = self.config.skip_nonfinite
         if skip is None:
             skip = self._low_precision

@@ -24,6 +24,7 @@ from ds_zero.blocks import find_blocks
 from ds_zero.config import ZeroConfig
 from ds_zero.errors import LayoutError
 from ds_zero.optimizer import ZeroOptimizer, trainable_parameters
+from ds_zero.part import ModelPart
 from ds_zero.sharded import ShardedModel, StageParts, place_of
 
 __all__ = ["shard", "sharded_of"]
@@ -43,6 +44,7 @@ def shard(
     config: ZeroConfig | dict[str, Any] | None = None,
     group: Any = None,
     units: Iterable[str | type[nn.Module]] | None = None,
+    part: ModelPart | None = None,
 ) -> tuple[nn.Module, ZeroOptimizer | None]:
     """Shard a model and its optimizer over the ranks of a group; collective, call it on every rank alike.
 
@@ -57,6 +59,7 @@ def shard(
         config: stage, precision, accumulation, clipping, bucket sizes.
         group: process group to shard over (None: the world; initialised here if need be).
         units: module names or classes to gather together, instead of the automatic choice of transformer blocks.
+        part: what the model is a part of (a pipeline stage); it may then have nothing to train, or no parameters.
     Returns:
         (model, ZeroOptimizer or None)
     Raises:
@@ -79,13 +82,13 @@ def shard(
         sharded.end_micro_batch()
 
     blocks = find_blocks(model, units)
-    sharded = ShardedModel(model, blocks, groups, settings, stage_parts(settings.stage), comm, begin_forward)
+    sharded = ShardedModel(model, blocks, groups, settings, stage_parts(settings.stage), comm, begin_forward, part)
     sharded.set_places()
     model.__dict__["_zero_sharded"] = sharded
     trim_heap()  # what the parameters had as tensors of their own
     if optimizer is None:
         return model, None
-    if not sharded.trainable:
+    if not sharded.trainable and part is None:
         raise LayoutError("the optimizer holds no parameter that requires a gradient; nothing would be trained")
     late.append(ZeroOptimizer(optimizer, sharded))
     model.__dict__["_zero_optimizer"] = late[0]

@@ -23,6 +23,7 @@ from ds_zero.blocks import Block
 from ds_zero.config import ZeroConfig
 from ds_zero.errors import LayoutError, ZeroStateError
 from ds_zero.layout import FROZEN, ParamSpec, ShardMap, plan_shard_map
+from ds_zero.part import ModelPart
 from ds_zero.precision import DTYPES, dtype_name
 from ds_zero.state import PARAM, StateSegment, UpdateGate
 
@@ -125,8 +126,10 @@ class ShardedModel:
         parts: StageParts,
         comm: Communicator,
         begin_forward: Callable[[], None],
+        model_part: ModelPart | None = None,
     ) -> None:
         self.module = model
+        self.model_part = model_part
         self.config = config
         self.comm = comm
         self.parts = parts
@@ -134,12 +137,8 @@ class ShardedModel:
         self._names = _names(model)
         _refuse_shared_memory(self._names)
         by_name = {names[0]: parameter for parameter, names in self._names.items()}
-        self.shard_map: ShardMap = plan_shard_map(
-            [(block.name, [self._spec(p, groups) for p in block.parameters]) for block in blocks],
-            num_shards=comm.size,
-            state_shards=comm.size if parts.state else 1,
-            persistence_threshold=config.param_persistence_threshold if parts.params else 0,
-            persistence_total=config.model_persistence_threshold // comm.size if parts.params else None,
+        self.shard_map = self._plan(
+            [(block.name, [self._spec(p, groups) for p in block.parameters]) for block in blocks]
         )
         comm.agree(self.shard_map.fingerprint(), label="shard map (every rank must build the same model and optimizer)")
         self._equalise(model)
@@ -164,6 +163,25 @@ class ShardedModel:
             self._adopt()
         else:
             self._root_hook = model.register_forward_pre_hook(lambda module, args: begin_forward(), prepend=True)
+
+    def _plan(self, blocks: Sequence[tuple[str, list[ParamSpec]]]) -> ShardMap:
+        size, config = self.comm.size, self.config
+        state_shards = size if self.parts.state else 1
+        if not blocks and self.model_part is not None:
+            return ShardMap((), size, state_shards)
+        return plan_shard_map(
+            blocks,
+            num_shards=size,
+            state_shards=state_shards,
+            persistence_threshold=config.param_persistence_threshold if self.parts.params else 0,
+            persistence_total=config.model_persistence_threshold // size if self.parts.params else None,
+        )
+
+    @property
+    def duplicate_names(self) -> frozenset[str]:
+        """Names of the parameters that another part of the model counts and saves."""
+        duplicates = () if self.model_part is None else self.model_part.duplicates
+        return frozenset(self._names[parameter][0] for parameter in duplicates)
 
     def _spec(self, parameter: nn.Parameter, groups: dict[nn.Parameter, int]) -> ParamSpec:
         record = record_of(parameter)

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -53,10 +53,12 @@ class ShardPlan:
     nbytes: int
 
 
-def _segment_runs(segment: StateSegment) -> Iterator[_Run]:
+def _segment_runs(segment: StateSegment, skip: Collection[str]) -> Iterator[_Run]:
     """Per key, one run for each stretch of pieces without a gap between them (the layout aligns slots)."""
     stretches: list[list[Piece]] = []
     for piece in segment.unit.pieces(segment.start, segment.stop):
+        if piece.slot.name in skip:
+            continue
         if stretches and stretches[-1][-1].offset + stretches[-1][-1].numel == piece.offset:
             stretches[-1].append(piece)
         else:
@@ -80,10 +82,14 @@ def plan_shard(
     metadata: Mapping[str, str],
     *,
     exclude_frozen: bool = False,
+    skip: Collection[str] = (),
 ) -> ShardPlan:
-    """Lay out the file of one rank: where each piece of `segments` and each whole tensor of `extras` goes."""
+    """Lay out the file of one rank: where each piece of `segments` and each whole tensor of `extras` goes.
+
+    `skip` names parameters that another rank writes.
+    """
     kept = [segment for segment in segments if not (exclude_frozen and segment.group == FROZEN)]
-    runs = [(run, segment) for segment in kept for run in _segment_runs(segment)]
+    runs = [(run, segment) for segment in kept for run in _segment_runs(segment, skip)]
     whole = [
         _Run(tensor.detach().reshape(-1), ((name, tensor.dtype, tuple(tensor.shape)),), (), "", False)
         for name, tensor in extras.items()

@@ -13,7 +13,7 @@ import os
 import shutil
 import time
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -65,15 +65,19 @@ def save(
     asynchronous: bool = True,
     timeout: float | None = None,
     gate: UpdateGate | None = None,
+    duplicates: Collection[str] = (),
+    stores_buffers: bool | None = None,
 ) -> PendingSave:
     """Write a checkpoint to `directory/tag`; collective over `peers` (default: the ranks of `group`).
 
     Args:
         segments: what this rank must save (`ZeroOptimizer.export_state()`): every element on exactly one rank.
-        shard_map: the layout of the whole model.
+        shard_map: the layout of the whole model (of one that lies in parts: `ShardMap.joined`).
         extra: global state as nested containers of JSON values and tensors; rank 0's is stored.
         rank_extra: this rank's own (RNG states, data cursor).
-        buffers: persistent module buffers; rank 0's are stored.
+        buffers: persistent module buffers.
+        stores_buffers: whether this rank's buffers are stored (default: rank 0's are); each on one rank only.
+        duplicates: names of parameters in `segments` that another rank saves.
         save_latest: let `latest` name this tag.
         exclude_frozen: leave out the parameters that no optimizer group holds.
         asynchronous: return when the shards are in the page cache; fsync, manifest, rename and `latest` follow in a
@@ -85,7 +89,9 @@ def save(
     """
     peers = peers_of(group) if peers is None else peers
     target = Path(directory).absolute()
-    plan, trees, error = _plan(peers.rank, tag, segments, extra, rank_extra, buffers, exclude_frozen)
+    stores_buffers = peers.rank == 0 if stores_buffers is None else stores_buffers
+    buffers = (buffers or {}) if stores_buffers else {}
+    plan, trees, error = _plan(peers.rank, tag, segments, extra, rank_extra, buffers, exclude_frozen, duplicates)
     prepared = _Prepared(
         tag, str(directory), shard_map.fingerprint(), plan.nbytes if plan else 0, durable.process_identity(), error
     )
@@ -131,8 +137,9 @@ def _plan(
     segments: Sequence[StateSegment],
     extra: Mapping[str, Any] | None,
     rank_extra: Mapping[str, Any] | None,
-    buffers: Mapping[str, torch.Tensor] | None,
+    buffers: Mapping[str, torch.Tensor],
     exclude_frozen: bool,
+    duplicates: Collection[str],
 ) -> tuple[ShardPlan | None, tuple[Any, Any], BaseException | None]:
     """The file of this rank, or the error that every rank shall raise."""
     tensors: dict[str, torch.Tensor] = {}
@@ -141,10 +148,9 @@ def _plan(
         durable.check_tag(tag)
         global_tree = encode_tree(dict(extra or {}), "extra", tensors, what="extra") if rank == 0 else None
         rank_tree = encode_tree(dict(rank_extra or {}), f"rank_extra/{rank}", tensors, what="rank_extra")
-        if rank == 0:
-            tensors.update((f"buffer/{name}", tensor) for name, tensor in (buffers or {}).items())
+        tensors.update((f"buffer/{name}", tensor) for name, tensor in buffers.items())
         metadata = {"format": "pt", "ds_zero": __version__, "rank": str(rank), "tag": tag}
-        plan = plan_shard(rank, segments, tensors, metadata, exclude_frozen=exclude_frozen)
+        plan = plan_shard(rank, segments, tensors, metadata, exclude_frozen=exclude_frozen, skip=duplicates)
     except (OSError, TypeError, ValueError) as error:
         return None, (None, None), error
     return plan, (global_tree, rank_tree), None
