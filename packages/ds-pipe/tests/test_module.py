@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import gc
+import time
+import weakref
 from typing import Any
 
 import pytest
@@ -149,3 +152,38 @@ def too_few() -> str:
 
 def test_fewer_layers_than_stages_fail_everywhere() -> None:
     assert all("1 layers cannot fill 2 stages" in text for text in run_ranks(too_few, 2))
+
+
+class Slow(nn.Linear):
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        time.sleep(0.05)
+        return super().forward(inputs)
+
+
+def measured_split() -> tuple[tuple[int, ...], list[float]]:
+    layers = [LayerSpec(nn.Linear, WIDTH, WIDTH) for _ in range(4)] + [LayerSpec(Slow, WIDTH, WIDTH)]
+    sample = (torch.zeros(1, WIDTH), torch.zeros(1, WIDTH))
+    module = PipelineModule(layers, loss_fn=nn.functional.mse_loss, partition_method="profile", profile_sample=sample)
+    assert module.costs is not None
+    return module.parts, list(module.costs.totals)
+
+
+def test_profile_measures_by_itself() -> None:
+    first, second = run_ranks(measured_split, 2)
+    assert first == second
+    assert first[0] == (0, 4, 5)
+
+
+def foreign_layers() -> list[bool]:
+    """Which layers live on after the list of all of them is gone."""
+    layers = [nn.Linear(WIDTH, WIDTH) for _ in range(4)]
+    alive = [weakref.ref(layer) for layer in layers]
+    module = PipelineModule(layers, partition_method="uniform")
+    del layers
+    gc.collect()
+    assert module.num_layers == 4
+    return [ref() is not None for ref in alive]
+
+
+def test_a_rank_keeps_only_its_own_layers() -> None:
+    assert run_ranks(foreign_layers, 2) == [[True, True, False, False], [False, False, True, True]]

@@ -31,8 +31,10 @@ from ds_pipe.errors import PartitionError, PipelineError
 from ds_pipe.grid import PipelineParallelGrid
 from ds_pipe.layers import LayerSpec, TiedLayerSpec
 from ds_pipe.partition import partition_layers
+from ds_pipe.profile import profile_layers
 from ds_pipe.rng import Seeds, seeded
 from ds_pipe.schedule.action import looped_placement
+from ds_pipe.schedule.simulate import Costs
 from ds_pipe.topology import PipeDataParallelTopology, ProcessTopology
 
 __all__ = ["Chunk", "PipelineModule", "Tie"]
@@ -85,11 +87,12 @@ class PipelineModule(nn.Module):
     from this one on its axis "pipe" only (then every rank of the world makes the module, as groups are created).
     With fewer `num_stages` than ranks the others are replicas: num_stages = 2 on 4 ranks is 2 stages x 2 replicas.
     `partition_method` is "parameters", "uniform", "type:REGEX" or "profile", which takes `layer_costs` (seconds per
-    layer). A rank holds `num_chunks` pieces of the model, dealt by `placement`: "loop"
-    (0 1 .. p-1 0 1 .. p-1, for the schedule interleaved) or "v" (0 1 .. p-1 p-1 .. 1 0, for zb_v).
-    `activation_checkpoint_interval` k recomputes k layers at a time in backward, by `activation_checkpoint_func(
-    function, inputs)` (None: torch's), where all their classes are in `checkpointable_layers` (None: where any has
-    parameters). `dynamic_shape` allows activations of another shape from one micro-batch to the next.
+    layer), or measures all layers with `profile_sample`, a micro-batch (inputs, labels), and leaves `costs`. A rank
+    holds `num_chunks` pieces of the model, dealt by `placement`: "loop" (0 1 .. p-1 0 1 .. p-1, for the schedule
+    interleaved) or "v" (0 1 .. p-1 p-1 .. 1 0, for zb_v). `activation_checkpoint_interval` k recomputes k layers at a
+    time in backward, by `activation_checkpoint_func(function, inputs)` (None: torch's), where all their classes are in
+    `checkpointable_layers` (None: where any has parameters). `dynamic_shape` allows activations of another shape from
+    one micro-batch to the next.
 
     PartitionError when the layers cannot be split; PipelineError when stages and ranks do not fit each other.
     """
@@ -111,6 +114,7 @@ class PipelineModule(nn.Module):
         *,
         group: dist.ProcessGroup | None = None,
         layer_costs: Sequence[float] | None = None,
+        profile_sample: tuple[Any, Any] | None = None,
         num_chunks: int = 1,
         placement: Literal["loop", "v"] = "loop",
     ) -> None:
@@ -122,23 +126,27 @@ class PipelineModule(nn.Module):
         self.activation_checkpoint_interval = activation_checkpoint_interval
         self.activation_checkpoint_func = activation_checkpoint_func or partial(checkpoint, use_reentrant=False)
         self.checkpointable_layers = checkpointable_layers
-        self._specs = list(layers)
+        self.num_layers = len(layers)
+        self.costs: Costs | None = None
+        if partition_method.lower() == "profile" and layer_costs is None and profile_sample is not None:
+            self.costs = profile_layers(layers, profile_sample, loss_fn, group=group)
+            layer_costs = self.costs.totals
         self.num_chunks = num_chunks
         self.placement = _placement(placement, self.num_stages, num_chunks)
         self.parts = partition_layers(
             partition_method,
             self.num_stages * num_chunks,
-            names=[_class_name(layer) for layer in self._specs],
-            parameters=_count_parameters(self._specs) if partition_method.lower() == "parameters" else None,
-            costs=_checked_costs(layer_costs, len(self._specs)),
+            names=[_class_name(layer) for layer in layers],
+            parameters=_count_parameters(layers) if partition_method.lower() == "parameters" else None,
+            costs=_checked_costs(layer_costs, len(layers)),
         )
         self.forward_funcs: list[Callable[[Any], Any]] = []
         self.fwd_map: dict[str, int] = {}
         self.tied_modules = nn.ModuleDict()
         held = [virtual for virtual, stage in enumerate(self.placement) if stage == self.stage_id]
         seed = (seed_fn or torch.manual_seed) if seed_layers else None
-        self.chunks = [self._build(virtual, seed, base_seed) for virtual in held]
-        self._tied = _tied_stages(self._specs, self.parts)
+        self.chunks = [self._build(layers, virtual, seed, base_seed) for virtual in held]
+        self._tied = _tied_stages(layers, self.parts)
         self._agree_on_tied_weights()
 
     def forward(self, inputs: Any, chunk: int | None = None, seeds: Seeds | None = None) -> Any:
@@ -173,8 +181,8 @@ class PipelineModule(nn.Module):
 
     def stage_owner(self, layer_idx: int) -> int:
         """The stage that holds layer `layer_idx`; IndexError for a layer that is not there."""
-        if not 0 <= layer_idx < len(self._specs):
-            raise IndexError(f"layer {layer_idx} is not there; the model has {len(self._specs)} layers")
+        if not 0 <= layer_idx < self.num_layers:
+            raise IndexError(f"layer {layer_idx} is not there; the model has {self.num_layers} layers")
         return self.placement[bisect_right(self.parts, layer_idx) - 1]
 
     def set_checkpoint_interval(self, interval: int) -> None:
@@ -195,10 +203,10 @@ class PipelineModule(nn.Module):
         """(name, parameter, stages that hold it, its owner first) of those here that other stages hold as well."""
         return [(tie.name, tie.parameter, tie.stages) for tie in self.ties() if len(tie.stages) > 1]
 
-    def _build(self, virtual: int, seed: Callable[[int], Any] | None, base_seed: int) -> Chunk:
+    def _build(self, layers: Sequence[Layer], virtual: int, seed: Callable[[int], Any] | None, base_seed: int) -> Chunk:
         chunk = Chunk(virtual, self.parts[virtual], [], [])
         for index in range(*self.parts[virtual : virtual + 2]):
-            layer = self._specs[index]
+            layer = layers[index]
             if seed is not None:
                 seed(base_seed + index)
             if isinstance(layer, TiedLayerSpec):
