@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ds_pipe import LayerSpec, TiedLayerSpec
+from ds_pipe import LayerSpec, TiedLayerSpec, seeded
 
 WIDTH = 8
 
@@ -75,7 +75,64 @@ def nested() -> list[Any]:
     return [LayerSpec(nn.Linear, WIDTH, WIDTH), LayerSpec(Split), LayerSpec(Join), LayerSpec(nn.Linear, WIDTH, WIDTH)]
 
 
-MODELS: dict[str, Callable[[], list[Any]]] = {"plain": plain, "tied": tied, "frozen": frozen, "nested": nested}
+class Columns(nn.Module):
+    """A linear layer whose weight is [in, out], as GPT-2 has them."""
+
+    def __init__(self, num_inputs: int, num_outputs: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(num_inputs, num_outputs) / num_inputs)
+        self.bias = nn.Parameter(torch.zeros(num_outputs))
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        flat = torch.addmm(self.bias, inputs.view(-1, inputs.shape[-1]), self.weight)
+        return flat.view(*inputs.shape[:-1], -1)
+
+
+class Thrice(nn.Module):
+    """One weight used three times in a forward, and one product without a module."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(WIDTH, WIDTH)
+        self.matrix = nn.Parameter(torch.randn(WIDTH, WIDTH) / WIDTH)
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        hidden = self.linear(self.linear(inputs).tanh())
+        return self.linear(hidden) + inputs @ self.matrix
+
+
+class Still(nn.Linear):
+    """Does not learn."""
+
+    def __init__(self) -> None:
+        super().__init__(WIDTH, WIDTH)
+        self.requires_grad_(False)
+
+
+def everything() -> list[Any]:
+    """What can go wrong at once: a tied head, dropout, frozen and shared weights, layers of uneven size."""
+    return [
+        TiedLayerSpec("embed", nn.Embedding, 16, WIDTH),
+        LayerSpec(nn.Dropout, 0.2),
+        LayerSpec(Columns, WIDTH, 3 * WIDTH),
+        LayerSpec(nn.Dropout, 0.3),
+        LayerSpec(nn.Linear, 3 * WIDTH, WIDTH, bias=False),
+        LayerSpec(nn.LayerNorm, WIDTH),
+        LayerSpec(Still),
+        LayerSpec(Thrice),
+        LayerSpec(nn.Dropout, 0.1),
+        LayerSpec(nn.Linear, WIDTH, WIDTH),
+        TiedLayerSpec("embed", nn.Embedding, 16, WIDTH, forward_fn=head),
+    ]
+
+
+MODELS: dict[str, Callable[[], list[Any]]] = {
+    "plain": plain,
+    "tied": tied,
+    "frozen": frozen,
+    "nested": nested,
+    "everything": everything,
+}
 
 
 def loss_fn(outputs: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
@@ -84,13 +141,18 @@ def loss_fn(outputs: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     return nn.functional.mse_loss(outputs, labels)
 
 
-def batches(model: str, num: int, rows: int = 4) -> list[tuple[torch.Tensor, torch.Tensor]]:
+def batches(
+    model: str, num: int, rows: int = 4, dtype: torch.dtype | None = None
+) -> list[tuple[torch.Tensor, torch.Tensor]]:
     generator = torch.Generator().manual_seed(7)
-    if model == "tied":
+    if model in ("tied", "everything"):
         tokens = [torch.randint(16, (rows, 6), generator=generator) for _ in range(num)]
         return [(token, token.roll(1, dims=1)) for token in tokens]
     return [
-        (torch.randn(rows, WIDTH, generator=generator), torch.randn(rows, WIDTH, generator=generator))
+        (
+            torch.randn(rows, WIDTH, generator=generator).to(dtype),
+            torch.randn(rows, WIDTH, generator=generator).to(dtype),
+        )
         for _ in range(num)
     ]
 
@@ -122,20 +184,38 @@ class Unsplit(nn.Module):
         return inputs
 
 
-def train_unsplit(model: str, num_steps: int, num_micro_batches: int) -> tuple[list[float], dict[str, torch.Tensor]]:
-    """Losses and final weights of plain torch with gradient accumulation."""
-    module = Unsplit(MODELS[model]())
+def train_unsplit(
+    model: str,
+    num_steps: int,
+    num_micro_batches: int,
+    dropout_seed: int | None = None,
+    dtype: torch.dtype | None = None,
+) -> tuple[list[float], dict[str, torch.Tensor]]:
+    """Losses and final weights of plain torch with gradient accumulation, and the gradients of one more batch."""
+    module = Unsplit(MODELS[model]()).to(dtype)
     optimizer = torch.optim.AdamW([p for p in module.parameters() if p.requires_grad], lr=0.01, foreach=False)
-    data = iter(batches(model, num_steps * num_micro_batches))
+    data = iter(batches(model, (num_steps + 1) * num_micro_batches, dtype=dtype))
     losses = []
-    for _ in range(num_steps):
+    for step in range(num_steps + 1):
         total = torch.zeros(())
-        for _ in range(num_micro_batches):
+        for i in range(num_micro_batches):
             inputs, labels = next(data)
-            loss = loss_fn(module(inputs), labels)
+            if dropout_seed is None:
+                outputs = module(inputs)
+            else:
+                outputs = seeded(module.functions, inputs, seed=dropout_seed, step=step, micro_batch=i)
+            loss = loss_fn(outputs, labels)
             (loss / num_micro_batches).backward()
             total += loss.detach()
-        optimizer.step()
-        optimizer.zero_grad()
         losses.append((total / num_micro_batches).item())
-    return losses, {name: value.clone() for name, value in module.state_dict().items()}
+        if step < num_steps:
+            optimizer.step()
+            optimizer.zero_grad()
+    return losses, state(module)
+
+
+def state(module: nn.Module) -> dict[str, torch.Tensor]:
+    """Weights, and gradients as NAME.grad."""
+    found = {name: value.detach().clone() for name, value in module.state_dict().items()}
+    grads = {f"{name}.grad": p.grad.clone() for name, p in module.named_parameters() if p.grad is not None}
+    return {**found, **grads}

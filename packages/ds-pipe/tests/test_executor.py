@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from pipe_models import MODELS, WIDTH, Unsplit, batches, loss_fn, plain, train_unsplit
+from pipe_models import MODELS, WIDTH, Unsplit, batches, loss_fn, plain, state, train_unsplit
 from torch import nn
 
 import ds_comm
@@ -19,14 +19,19 @@ Trained = tuple[list[float], dict[str, torch.Tensor]]
 
 
 def train(model: str, num_steps: int, num_micro_batches: int, schedule: str, options: dict[str, Any]) -> Trained:
-    module = PipelineModule(MODELS[model](), loss_fn=loss_fn, seed_layers=True, **options)
-    runner = pipeline(module, schedule=schedule, num_micro_batches=num_micro_batches)
+    """`num_steps` with an optimizer, then one more batch whose gradients stay."""
+    placed = {"zb_v": {"num_chunks": 2, "placement": "v"}, "interleaved": {"num_chunks": 2}}.get(schedule, {})
+    options = {**placed, **options}
+    dtype, dropout_seed = options.pop("dtype", None), options.pop("dropout_seed", None)
+    module = PipelineModule(MODELS[model](), loss_fn=loss_fn, seed_layers=True, **options).to(dtype)
+    runner = pipeline(module, schedule=schedule, num_micro_batches=num_micro_batches, dropout_seed=dropout_seed)
     parameters = [p for p in module.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=0.01, foreach=False) if parameters else None
-    data = iter(batches(model, num_steps * num_micro_batches))
-    ends = runner.is_first_stage or runner.is_last_stage
-    losses = [runner.train_batch(data if ends else None, optimizer).item() for _ in range(num_steps)]
-    return losses, {name: value.detach().clone() for name, value in module.state_dict().items()}
+    data = iter(batches(model, (num_steps + 1) * num_micro_batches, dtype=dtype))
+    feed = data if runner.is_first_stage or runner.is_last_stage else None
+    losses = [runner.train_batch(feed, optimizer).item() for _ in range(num_steps)]
+    losses.append(runner.train_batch(feed).item())
+    return losses, state(module)
 
 
 def check_equal(stages: list[Trained], expected: Trained) -> None:
@@ -43,7 +48,7 @@ def check_equal(stages: list[Trained], expected: Trained) -> None:
 
 @pytest.mark.parametrize("schedule", ["1f1b", "gpipe"])
 @pytest.mark.parametrize("num_micro_batches", [1, 2, 5])
-@pytest.mark.parametrize("model", sorted(MODELS))
+@pytest.mark.parametrize("model", sorted(MODELS.keys() - {"everything"}))
 def test_two_stages_equal_the_unsplit_model(model: str, num_micro_batches: int, schedule: str) -> None:
     options = {"partition_method": "uniform"}
     stages = run_ranks(train, 2, model, 4, num_micro_batches, schedule, options)

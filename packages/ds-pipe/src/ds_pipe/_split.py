@@ -72,8 +72,9 @@ class SplitBackward:
         if not outputs or not (inputs or self.parameters):
             return [None] * len(inputs)
         wanted = [*inputs, *self.parameters]
+        starts = [torch.ones_like(o) if g is None else g for o, g in zip(outputs, gradients, strict=True)]
         with _without_tensor_hooks(self.parameters), self.watching(record, recomputing=True):
-            found = torch.autograd.grad(outputs, wanted, gradients, allow_unused=True)
+            found = _grad(tuple(outputs), tuple(starts), tuple(wanted))
         of_parameters = zip(self.parameters, found[len(inputs) :], strict=True)
         record.rest = {parameter: gradient for parameter, gradient in of_parameters if gradient is not None}
         return list(found[: len(inputs)])
@@ -90,6 +91,13 @@ class SplitBackward:
         deliver(parts, rest)
 
 
+def _grad(outputs: tuple[Tensor, ...], starts: tuple[Tensor, ...], inputs: tuple[Tensor, ...]) -> Gradients:
+    """`torch.autograd.grad(outputs, inputs, starts, allow_unused=True)`, which would run outside of an active mode."""
+    run = torch.autograd.Variable._execution_engine.run_backward
+    found: Gradients = run(outputs, starts, False, False, inputs, allow_unreachable=True, accumulate_grad=False)
+    return found
+
+
 def deliver(parts: list[Part], rest: dict[nn.Parameter, Tensor]) -> None:
     """Give parameters their gradients through autograd: what `parts` make, one after the other, then `rest`.
 
@@ -101,8 +109,9 @@ def deliver(parts: list[Part], rest: dict[nn.Parameter, Tensor]) -> None:
         rest.clear()
         return gradients
 
-    nodes = [_Deliver.apply(give, *rest)] if rest else []
-    nodes += [_Deliver.apply(make, *parameters) for make, parameters in parts]
+    stand_in: Callable[..., Tensor] = _Deliver.apply  # type: ignore[assignment]
+    nodes = [stand_in(give, *rest)] if rest else []
+    nodes += [stand_in(make, *parameters) for make, parameters in parts]
     parts.clear()
     if nodes:
         torch.autograd.backward(nodes)
@@ -164,7 +173,7 @@ class _Mode(TorchFunctionMode):
         form = _FORMS.get(func)
         call = _parse(form, args, kwargs) if form is not None and torch.is_grad_enabled() else None
         if call is not None and self._defers(call):
-            result: Any = _Product.apply(self.record, self._deferrable, *call)
+            result: Any = _Product.apply(self.record, self._deferrable, *call)  # type: ignore[no-untyped-call]
         else:
             result = func(*args, **kwargs)
         if self.counts:
@@ -183,7 +192,8 @@ class _Mode(TorchFunctionMode):
         return not torch.is_autocast_enabled(inputs.device.type)
 
     def _count(self, result: Any, args: Any, kwargs: Any) -> None:
-        if not (result.requires_grad if isinstance(result, Tensor) else isinstance(result, tuple | list)):
+        results = result if isinstance(result, tuple | list) else (result,)
+        if not any(isinstance(one, Tensor) and one.requires_grad for one in results):
             return
         uses, known = self.record.uses, self._known
         for given in (*args, *kwargs.values()):
@@ -243,8 +253,7 @@ def _together(later: list[tuple[nn.Parameter, Callable[[], Tensor]]]) -> Part:
 
 def _with_more(make: Callable[[], Gradients], more: dict[int, Tensor]) -> Callable[[], Gradients]:
     def both() -> Gradients:
-        made = make()
-        return tuple(one if at not in more else more[at] + one for at, one in enumerate(made))
+        return tuple(more[at] + one if one is not None and at in more else one for at, one in enumerate(make()))
 
     return both
 

@@ -79,29 +79,29 @@ class Ties:
             if self._stage == owner and others:
                 total = sync.tied_sum(tie.parameter)
                 for stage in others:
-                    self._channels.send(TOTAL, tie.index, stage, total)
+                    self._channels.send(TOTAL, tie.number, stage, total)
             elif others:
-                sync.set_tied_sum(tie.parameter, self._channels.receive(TOTAL, tie.index, owner))
+                sync.set_tied_sum(tie.parameter, self._channels.receive(TOTAL, tie.number, owner))
 
     def _contribute(self, tie: Tie, virtual: int, gradient: Tensor | None) -> Tensor | None:
         """One use's gradient for the next micro-batch; the sum of all uses where it is the owner's first."""
         own = torch.zeros_like(tie.parameter) if gradient is None else gradient.detach()
         owner = tie.stages[0]
         if self._stage != owner:
-            self._channels.send(TIE, self._number(tie, virtual), owner, own)
+            self._channels.send(TIE, self._channel(tie, virtual), owner, own)
             return None
-        self._held.setdefault((tie.index, virtual), deque()).append(own)
+        self._held.setdefault((tie.number, virtual), deque()).append(own)
         if virtual != tie.virtuals[0]:
             return None
         total: Tensor | None = None
         for use in reversed(tie.virtuals):
             stage = self._placement[use]
             if stage == owner:
-                part = self._held[tie.index, use].popleft()
+                part = self._held[tie.number, use].popleft()
             else:
-                part = self._channels.receive(TIE, self._number(tie, use), stage)
+                part = self._channels.receive(TIE, self._channel(tie, use), stage)
             total = part if total is None else total + part
         return total
 
-    def _number(self, tie: Tie, virtual: int) -> int:
-        return tie.index * len(self._placement) + virtual
+    def _channel(self, tie: Tie, virtual: int) -> int:
+        return tie.number * len(self._placement) + virtual

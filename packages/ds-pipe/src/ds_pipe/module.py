@@ -45,11 +45,11 @@ Layer = nn.Module | LayerSpec | Callable[[Any], Any]
 class Tie(NamedTuple):
     """A weight that layers in several virtual stages (`virtuals`, ascending) use.
 
-    `stages` are the ranks that hold it, in the order of their first use: stages[0] is the owner. `index` counts the
+    `stages` are the ranks that hold it, in the order of their first use: stages[0] is the owner. `number` counts the
     model's tied weights, on all ranks alike.
     """
 
-    index: int
+    number: int
     name: str
     parameter: nn.Parameter
     virtuals: tuple[int, ...]
@@ -192,11 +192,11 @@ class PipelineModule(nn.Module):
         """The weights held here that several layers use through `TiedLayerSpec`s, in one order on all ranks."""
         found = []
         named = [(key, attr, virtuals) for key, (attrs, virtuals) in self._tied.items() for attr in attrs]
-        for index, (key, attr, virtuals) in enumerate(named):
+        for number, (key, attr, virtuals) in enumerate(named):
             stages = tuple(dict.fromkeys(self.placement[virtual] for virtual in virtuals))
             if self.stage_id in stages and len(virtuals) > 1:
                 parameter = self.tied_modules[key].get_parameter(attr)
-                found.append(Tie(index, f"{key}.{attr}", parameter, virtuals, stages))
+                found.append(Tie(number, f"{key}.{attr}", parameter, virtuals, stages))
         return found
 
     def tied_parameters(self) -> list[tuple[str, nn.Parameter, tuple[int, ...]]]:
