@@ -20,8 +20,10 @@ Compiled at the first launch, cached on disk by numba beside the source (or unde
 depend on the number of threads: whoever takes an item computes it alone, and sums over items go through partial results
 of fixed groups of items.
 
-A caution for developers: numba's cache looks at the kernel's own file only. After editing `intrinsics.py`, delete the
-*.nbc and *.nbi files.
+Two cautions for developers. A function that a kernel calls is compiled by itself and again within the kernel; the
+process that compiles runs the first, one that loads the cache the second. Where the compiler may reorder its sums it
+must be `forceinline=True`, or a program's first run differs from its second (tests/test_compile_cache.py). And
+numba's cache looks at the kernel's own file only: after editing `intrinsics.py`, delete the *.nbc and *.nbi files.
 """
 
 from __future__ import annotations

@@ -4,8 +4,10 @@ Vocabulary: an item is `ITEM` elements, worked through in blocks of `BLOCK`. fp3
 go through a scratch block and are rounded on the way back: to nearest even, or stochastically (`stochastic` != 0; bf16
 only) with 16 random bits from a hash of (seed, stream, element).
 
-The loops may fuse multiply-adds and nothing else (`EXACT`): every element has the same bits wherever it lies in a
-tensor and however the tensor is cut, so a shard computes what the whole would. Sums are in fp64.
+The update formulas are rounded operation by operation: no fused multiply-add, which the compiler would place otherwise
+in the vector loop than in its remainder, and otherwise in code that it has just made than in code from the cache. So
+every element has the same bits wherever it lies in a tensor and however the tensor is cut: a shard computes what the
+whole would. Sums are in fp64.
 """
 # mypy: disable-error-code="import-untyped,misc,untyped-decorator,no-untyped-call,no-untyped-def"
 
@@ -35,8 +37,8 @@ ITEM = 1 << 16
 """Elements per work item."""
 BLOCK = 1 << 10
 """Elements in flight where some are widened: five scratch blocks are 20 KiB."""
-EXACT = {"contract", "nsz"}
-"""What the compiler may do with the update formulas."""
+EXACT = False
+"""No liberties in the update formulas. It has to be said: a function inherits the fast-math of the kernel it is in."""
 
 
 @njit(inline="always")
@@ -257,7 +259,7 @@ def _lamb_direction(p, m, v, u, n, size, root, eps, inside, decay):
         u[i] = size * m[i] / (root * np.sqrt(v[i] + inside) + eps) + decay * p[i]
 
 
-@njit(inline="never", fastmath={"contract", "nsz", "reassoc"}, error_model="numpy")
+@njit(forceinline=True, fastmath={"contract", "nsz", "reassoc"}, error_model="numpy")
 def _sum_of_squares(x, n):
     found = np.float64(0.0)
     for i in range(n):

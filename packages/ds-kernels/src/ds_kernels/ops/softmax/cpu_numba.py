@@ -44,7 +44,7 @@ def _from_order(_context: Any, bits: Any) -> Any:
     return types.float32(types.int32), codegen
 
 
-@njit(fastmath=FASTMATH)
+@njit(forceinline=True, fastmath=FASTMATH)
 def _maximum(row):
     highest = _order(-_INFINITY)
     for i in range(row.size):
@@ -53,7 +53,7 @@ def _maximum(row):
     return _from_order(highest)
 
 
-@njit(fastmath=FASTMATH)
+@njit(forceinline=True, fastmath=FASTMATH)
 def _normalise(row):
     """Softmax in place; a row of nothing but -inf becomes zeros."""
     highest = _maximum(row)
