@@ -29,6 +29,7 @@ if TYPE_CHECKING:
         launcher,
         monitor,
         ops,
+        pipe,
         runtime,
         utils,
     )
@@ -40,6 +41,7 @@ if TYPE_CHECKING:
     from deepspeed.initialize import add_config_arguments, initialize
     from deepspeed.ops.transformer import DeepSpeedTransformerConfig, DeepSpeedTransformerLayer
     from deepspeed.optimizers import set_optimizer_flags
+    from deepspeed.pipeline_engine import PipelineEngine
     from deepspeed.runtime import zero
     from deepspeed.runtime.activation_checkpointing import checkpointing
     from deepspeed.runtime.base_optimizer import (
@@ -50,6 +52,7 @@ if TYPE_CHECKING:
     from deepspeed.runtime.config import DeepSpeedConfig
     from deepspeed.utils.init_on_device import OnDevice
     from deepspeed.utils.logging import log_dist, logger
+    from ds_pipe import PipelineModule
 
     HAS_TRITON: bool
     dist: Any
@@ -73,6 +76,8 @@ _NAMES = {
     "DeepSpeedSchedulerCallable": "deepspeed.runtime.base_optimizer:DeepSpeedSchedulerCallable",
     "DeepSpeedTransformerConfig": "deepspeed.ops.transformer:DeepSpeedTransformerConfig",
     "DeepSpeedTransformerLayer": "deepspeed.ops.transformer:DeepSpeedTransformerLayer",
+    "PipelineEngine": "deepspeed.pipeline_engine:PipelineEngine",
+    "PipelineModule": "ds_pipe.module:PipelineModule",
     "OnDevice": "deepspeed.utils.init_on_device:OnDevice",
     "add_config_arguments": "deepspeed.initialize:add_config_arguments",
     "checkpointing": "deepspeed.runtime.activation_checkpointing.checkpointing",
@@ -93,6 +98,7 @@ _SUBMODULES = (
     "launcher",
     "monitor",
     "ops",
+    "pipe",
     "runtime",
     "utils",
 )
@@ -103,15 +109,12 @@ _LATER = {
     "DualPipeVEngine": "ds-pipe",
     "DualPipeVModule": "ds-pipe",
     "InferenceEngine": "ds-inference",
-    "PipelineEngine": "ds-pipe",
-    "PipelineModule": "ds-pipe",
     "default_inference_config": "ds-inference",
     "inference": "ds-inference",
     "init_inference": "ds-inference",
     "linear": "ds-kernels",
     "module_inject": "ds-inference",
     "moe": "mixture of experts, a later part of ds-zero",
-    "pipe": "ds-pipe",
     "replace_transformer_layer": "ds-inference",
     "sequence": "sequence parallelism, a later part of ds-zero",
     "set_autotp_mode": _TENSOR_PARALLEL,
@@ -150,6 +153,8 @@ __all__ = [
     "DeepSpeedTransformerConfig",
     "DeepSpeedTransformerLayer",
     "OnDevice",
+    "PipelineEngine",
+    "PipelineModule",
     "__git_branch__",
     "__git_hash__",
     "__version__",
@@ -172,6 +177,7 @@ __all__ = [
     "logger",
     "monitor",
     "ops",
+    "pipe",
     "runtime",
     "set_optimizer_flags",
     "utils",

@@ -11,6 +11,7 @@ from __future__ import annotations
 import os
 import random
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -29,6 +30,7 @@ from ds_zero import checkpoint as store
 
 __all__ = [
     "EngineState",
+    "Scope",
     "consolidated_state_dict",
     "load",
     "load_module",
@@ -45,6 +47,24 @@ IMPLEMENTATION = {"capturable", "differentiable", "foreach", "fused"}
 Tag = str | int | os.PathLike[str] | None
 
 
+@dataclass(frozen=True)
+class Scope:
+    """The ranks that save and load one checkpoint together, and the model that they hold together.
+
+    Attributes:
+        group: those ranks (None: the world). shard_map: of the whole model.
+        layout: how many ranks each axis has ("pipe", "data"); random numbers are resumed at the same only.
+        parts: the group along which the model lies in parts (None: every data-parallel rank knows all of its names).
+        stores_buffers: whether this rank saves its buffers; None: the first rank does.
+    """
+
+    group: Any
+    shard_map: ds_zero.ShardMap
+    layout: dict[str, int]
+    parts: Any = None
+    stores_buffers: bool | None = None
+
+
 class EngineState(EngineView, Protocol):
     """The part of an engine that a checkpoint holds. `pending_save` is the save that is not durable yet."""
 
@@ -57,6 +77,9 @@ class EngineState(EngineView, Protocol):
     data_parallel_group: Any
     callbacks: CallbackList
     pending_save: Any
+
+    @property
+    def checkpoint_scope(self) -> Scope: ...
 
     def gradient_accumulation_steps(self) -> int: ...
 
@@ -88,15 +111,18 @@ def save(
     if training and optimizer.has_gradients():
         logger.warning("checkpoint %s inside an accumulation: gradients since the last step are not part of it", tag)
     segments = optimizer.export_state() if training else engine.sharded.parameter_segments()
+    scope = engine.checkpoint_scope
     pending = store.save(
         directory,
         tag,
         segments,
-        shard_map=engine.sharded.shard_map,
+        shard_map=scope.shard_map,
         extra=_extra(engine, client_state),
         rank_extra={"rng": _rng_state()},
         buffers=_buffers(engine.module),
-        group=engine.data_parallel_group,
+        stores_buffers=scope.stores_buffers,
+        duplicates=engine.sharded.duplicate_names,
+        group=scope.group,
         save_latest=save_latest,
         exclude_frozen=exclude_frozen,
         gate=optimizer.gate if training else None,
@@ -129,6 +155,7 @@ def _extra(engine: EngineState, client_state: dict[str, Any]) -> dict[str, Any]:
         "ds_version": __version__,
         "counters": {name: getattr(engine, name) for name in COUNTERS},
         "zero_stage": engine.zero_optimization_stage(),
+        "layout": engine.checkpoint_scope.layout,
     }
     if engine.lr_scheduler is not None:
         extra["lr_scheduler"] = _plain(engine.lr_scheduler.state_dict())
@@ -221,9 +248,9 @@ def load(
     loaded = store.load(
         directory,
         targets,
-        shard_map=engine.sharded.shard_map,
+        shard_map=engine.checkpoint_scope.shard_map,
         tag=tag,
-        group=engine.data_parallel_group,
+        group=engine.checkpoint_scope.group,
         weights_only=not optimizer_states or not training,
         strict=strict and custom_load_fn is None,
         allow_pickle=allow_pickle,
@@ -262,7 +289,7 @@ def _state_keys(
         store.wait_for_pending_saves()  # of other engines
     except ds_zero.CheckpointError as error:  # maybe this rank's alone: meet the others before raising it
         failure = error
-    ds_comm.barrier(engine.data_parallel_group, label=f"load_checkpoint {tag}: the last save is done")
+    ds_comm.barrier(engine.checkpoint_scope.group, label=f"load_checkpoint {tag}: the last save is done")
     if failure is not None:
         logger.error("an earlier save failed: %s", failure)
     try:
@@ -276,11 +303,16 @@ def _load_progress(engine: EngineState, loaded: store.LoadedCheckpoint) -> None:
     for name, value in loaded.extra.get("counters", {}).items():
         setattr(engine, name, value)
     engine.micro_steps = engine.global_steps * engine.gradient_accumulation_steps()
-    if loaded.rank_extra is not None:
+    scope = engine.checkpoint_scope
+    layout = loaded.extra.get("layout", {"pipe": 1, "data": loaded.world_size})
+    if loaded.rank_extra is not None and layout == scope.layout:
         _set_rng_state(loaded.rank_extra["rng"])
-    elif ds_comm.get_rank(engine.data_parallel_group) == 0:
+    elif ds_comm.get_rank(scope.group) == 0:
         logger.warning(
-            "%s was saved by %d ranks: random number states are not restored", loaded.path, loaded.world_size
+            "%s was saved by %d ranks (%s): random number states are not restored",
+            loaded.path,
+            loaded.world_size,
+            ", ".join(f"{axis} {size}" for axis, size in layout.items()),
         )
     cursor = getattr(engine.training_dataloader, "load_state_dict", None)
     if cursor is not None and "data" in loaded.extra:
@@ -337,7 +369,29 @@ def consolidated_state_dict(engine: EngineState, exclude_frozen: bool = False) -
     if not mine:
         return None
     state.update({name: value.detach().cpu().clone() for name, value in _buffers(engine.module).items()})
-    return {name: state[name] for name in engine.module.state_dict() if name in state}
+    state = {name: state[name] for name in engine.module.state_dict() if name in state}
+    parts = engine.checkpoint_scope.parts
+    return state if parts is None else _join_parts(state, parts)
+
+
+def _join_parts(state: dict[str, Tensor], group: Any) -> dict[str, Tensor] | None:
+    """The state dicts of all ranks of `group` in one on its first rank, None elsewhere; one tensor travels at a time.
+
+    Of a name that several have, the first one's counts.
+    """
+    rank, size = ds_comm.get_rank(group), ds_comm.get_world_size(group)
+    listed: list[Any] = [None] * size
+    ds_comm.all_gather_object(listed, [(k, tuple(v.shape), v.dtype) for k, v in state.items()], group=group)
+    whole = dict(state)
+    for source in range(1, size):
+        for name, shape, dtype in listed[source]:
+            if rank == source:
+                ds_comm.send(state[name].contiguous(), group=group, group_dst=0, label=f"state dict: {name}")
+            elif rank == 0:
+                found = torch.empty(shape, dtype=dtype)
+                ds_comm.recv(found, group=group, group_src=source, label=f"state dict: {name}")
+                whole.setdefault(name, found)
+    return whole if rank == 0 else None
 
 
 def save_16bit_model(
@@ -351,7 +405,7 @@ def save_16bit_model(
         return False
     state = consolidated_state_dict(engine, exclude_frozen)
     error = [None if state is None else _write_model(state, Path(directory) / filename)]
-    ds_comm.broadcast_object_list(error, src=_first_rank(engine), group=engine.data_parallel_group)
+    ds_comm.broadcast_object_list(error, src=_first_rank(engine), group=engine.checkpoint_scope.group)
     if error[0] is not None:
         raise ds_zero.CheckpointError(f"{filename} was not written to {directory}: {error[0]}")
     return True
@@ -359,7 +413,7 @@ def save_16bit_model(
 
 def _first_rank(engine: EngineState) -> int:
     """Global rank of the one that writes."""
-    return ds_comm.get_all_ranks_from_group(engine.data_parallel_group)[0]
+    return ds_comm.get_all_ranks_from_group(engine.checkpoint_scope.group)[0]
 
 
 def _write_model(state: dict[str, Tensor], target: Path) -> str | None:
@@ -392,6 +446,9 @@ def load_module(
 ) -> None:
     """Full tensors into parameters (and masters) and buffers; every rank passes the same."""
     module = engine.module
+    if engine.checkpoint_scope.parts is not None:  # the state of the whole model is given, and this is a part of it
+        own = module.state_dict()
+        state = {name: value for name, value in state.items() if name in own}
     with ds_zero.GatheredParameters(list(module.parameters()), modifier_rank=0):
         if custom_load_fn is not None:
             custom_load_fn(src=state, dst=module)

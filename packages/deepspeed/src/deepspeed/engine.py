@@ -76,8 +76,9 @@ class DeepSpeedEngine(ConfigGetters, nn.Module):
         self._boundary: bool | None = None
         self._backward_pending = False
         self._compiled = False
-        settings = zero_config(config)
-        _, zero_optimizer = ds_zero.shard(self.module, optimizer, config=settings, group=group)
+        _, zero_optimizer = ds_zero.shard(
+            self.module, optimizer, config=zero_config(config), group=group, **self._sharding()
+        )
         sharded = ds_zero.sharded_of(self.module)
         assert sharded is not None  # shard() has just laid it out
         self.sharded = sharded
@@ -111,6 +112,16 @@ class DeepSpeedEngine(ConfigGetters, nn.Module):
         model_parallel = getattr(self.mpu, "get_model_parallel_world_size", None)
         self.mp_world_size = 1 if model_parallel is None else int(model_parallel())
 
+    def _sharding(self) -> dict[str, Any]:
+        """Further arguments of `ds_zero.shard`."""
+        return {}
+
+    @property
+    def checkpoint_scope(self) -> checkpoint_io.Scope:
+        """Which ranks save and load together, and what of the model lies where."""
+        layout = {"pipe": 1, "data": self.dp_world_size}
+        return checkpoint_io.Scope(self.data_parallel_group, self.sharded.shard_map, layout)
+
     def __getattr__(self, name: str) -> Any:
         """Attributes that the engine lacks are the model's."""
         try:
@@ -139,7 +150,7 @@ class DeepSpeedEngine(ConfigGetters, nn.Module):
         if self.training:
             self.tput_timer.start()
         if self._config.fp16.enabled and self._config.fp16.auto_cast:
-            inputs, kwargs = _half(inputs), _half(kwargs)
+            inputs, kwargs = half(inputs), half(kwargs)
         try:
             with self._autocast():
                 return self.module(*inputs, **kwargs)
@@ -465,12 +476,12 @@ class DeepSpeedEngine(ConfigGetters, nn.Module):
         self.sharded.detach()
 
 
-def _half(value: Any) -> Any:
+def half(value: Any) -> Any:
     """Floating tensors in nested containers as fp16."""
     if isinstance(value, Tensor):
         return value.half() if value.is_floating_point() else value
     if isinstance(value, dict):
-        return type(value)((key, _half(item)) for key, item in value.items())
+        return type(value)((key, half(item)) for key, item in value.items())
     if isinstance(value, (tuple, list)) and not hasattr(value, "_fields"):
-        return type(value)(_half(item) for item in value)
+        return type(value)(half(item) for item in value)
     return value

@@ -19,8 +19,10 @@ from deepspeed.engine import DeepSpeedEngine
 from deepspeed.errors import DeepSpeedConfigError
 from deepspeed.lr_schedules import make_schedule
 from deepspeed.optimizers import build_optimizer
+from deepspeed.pipeline_engine import PipelineEngine
 from deepspeed.settings import apply_settings
 from deepspeed.utils import groups
+from ds_pipe import PipelineModule, PipelineParallelGrid
 
 __all__ = ["add_config_arguments", "initialize"]
 
@@ -46,7 +48,8 @@ def initialize(
 
     Args:
         args: parsed command line; `args.deepspeed_config` may name the config, `args.device_rank` the device.
-        model: any torch module; may have been built under `deepspeed.zero.Init`.
+        model: any torch module; may have been built under `deepspeed.zero.Init`. A `PipelineModule` gives a
+            `PipelineEngine`.
         optimizer: a torch optimizer, or a function of the parameters that makes one; else the config's section.
         model_parameters: parameters or param groups for an optimizer made from the config (default: all trainable).
         training_data: a dataset, for which a loader is made.
@@ -65,7 +68,10 @@ def initialize(
     if mesh_param is not None:
         raise DeepSpeedConfigError("not supported yet: mesh_param; sequence parallelism comes with a later version")
     _init_distributed(distributed_port, dist_init_required)
+    engine_class: type[DeepSpeedEngine] = DeepSpeedEngine
     group = None
+    if isinstance(model, PipelineModule):
+        engine_class, mpu = PipelineEngine, _grid(model, mpu)
     if mpu is not None:
         groups.mpu = mpu
         group = groups._get_data_parallel_group()
@@ -80,7 +86,7 @@ def initialize(
     apply_settings(resolved, mpu)
     basic = _basic_optimizer(resolved, optimizer, model_parameters, model)
     device_rank = getattr(args, "device_rank", None)
-    engine = DeepSpeedEngine(
+    engine = engine_class(
         model,
         resolved,
         optimizer=basic,
@@ -95,6 +101,15 @@ def initialize(
     if training_data is not None:
         engine.training_dataloader = engine.deepspeed_io(training_data)
     return engine, engine.optimizer, engine.training_dataloader, engine.lr_scheduler
+
+
+def _grid(model: PipelineModule, mpu: Any) -> PipelineParallelGrid:
+    """The rank grid of a pipeline, which is its mpu."""
+    if mpu is not None:
+        raise DeepSpeedConfigError(
+            "mpu was given with a PipelineModule, which has its own; leave it out, and give PipelineModule a topology"
+        )
+    return model.mpu()
 
 
 def _init_distributed(port: int, required: bool | None) -> None:
@@ -122,6 +137,8 @@ def _basic_optimizer(
     parameters = (
         [p for p in model.parameters() if p.requires_grad] if model_parameters is None else list(model_parameters)
     )
+    if not parameters and isinstance(model, PipelineModule):  # a stage without weights takes its part in each step
+        parameters = [{"params": []}]
     if callable(optimizer):
         return optimizer(parameters)
     if optimizer is not None:

@@ -15,10 +15,12 @@ from deepspeed.events import Callback, EngineView
 from deepspeed.runtime.utils import see_memory_usage
 from deepspeed.utils.logging import log_dist
 
-__all__ = ["BACKWARD", "FORWARD", "STEP", "MemoryLog", "ProgressLog", "progress_listeners"]
+__all__ = ["BACKWARD", "FORWARD", "STEP", "TRAIN_BATCH", "MemoryLog", "ProgressLog", "progress_listeners"]
 
-FORWARD, BACKWARD, STEP = "fwd", "bwd", "step"
-"""Names under which the engine times its phases."""
+FORWARD, BACKWARD, STEP, TRAIN_BATCH = "fwd", "bwd", "step", "train_batch"
+"""Names under which the engine times its phases; a pipeline has one for all forwards and backwards of a step."""
+
+PHASES = [FORWARD, BACKWARD, TRAIN_BATCH, STEP]
 
 
 class ProgressLog(Callback):
@@ -36,7 +38,7 @@ class ProgressLog(Callback):
     def after_step(self, engine: EngineView) -> None:
         if self.every is None:
             if self.timers is not None:
-                self.timers.log([FORWARD, BACKWARD, STEP])
+                self.timers.log(PHASES)
         elif engine.global_steps % self.every == 0:
             log_dist(
                 f"step={engine.global_steps}, skipped={engine.skipped_steps}, lr={engine.get_lr()},"
@@ -44,7 +46,7 @@ class ProgressLog(Callback):
                 ranks=[0],
             )
             if self.timers is not None:
-                self.timers.log([FORWARD, BACKWARD, STEP])
+                self.timers.log(PHASES)
 
 
 class MemoryLog(Callback):

@@ -210,7 +210,7 @@ class ZeroOptimizer(Optimizer):
         self.gate.wait()
         for unit in self.sharded.trainable:
             unit.absorb_edits()
-        norm = self._global_norm() / self.loss_scale
+        norm = _norm_of_model(self.sharded) / self.loss_scale
         self.grad_norm = norm
         check = self.config.check_nonfinite or self.scaler.enabled  # a loss scale cannot do without
         self.overflow = check and not math.isfinite(norm)
@@ -223,13 +223,6 @@ class ZeroOptimizer(Optimizer):
             self.scaler.update(overflow=False)
         self.reducer.clear()
         return loss
-
-    def _global_norm(self) -> float:
-        part, units = self.sharded.model_part, self.sharded.trainable
-        if part is None:
-            return global_norm(units, self.comm, sharded=self.sharded.parts.state)
-        names = self.sharded.duplicate_names
-        return global_norm(units, self.comm, sharded=self.sharded.parts.state, parts=part.comm, duplicates=names)
 
     def _coefficient(self, norm: float) -> float:
         """The one factor between the mean gradient and what the optimizer sees: unscale and clip."""
@@ -357,6 +350,15 @@ class ZeroOptimizer(Optimizer):
             hook.remove()
         self._hooks.clear()
         self.reducer.close()
+
+
+def _norm_of_model(sharded: ShardedModel) -> float:
+    """Of the mean gradient times loss scale, over all ranks and all parts of the model."""
+    part, by_state = sharded.model_part, sharded.parts.state
+    if part is None:
+        return global_norm(sharded.trainable, sharded.comm, sharded=by_state)
+    names = sharded.duplicate_names
+    return global_norm(sharded.trainable, sharded.comm, sharded=by_state, parts=part.comm, duplicates=names)
 
 
 def trainable_parameters(groups: list[dict[str, Any]]) -> dict[nn.Parameter, int]:

@@ -42,10 +42,13 @@ class ActivationCheckpointing(Section):
 
 
 class Pipeline(Section):
-    """Defaults of `PipelineModule` training."""
+    """Training of a `PipelineModule`."""
 
+    schedule: Literal["1f1b", "gpipe", "interleaved", "zb_h1", "zb_v", "auto"] = "1f1b"
+    """Order of forwards and backwards. interleaved and zb_v need a PipelineModule with several chunks per stage; auto
+    takes the fastest in simulation that fits the module."""
     stages: Literal["auto"] | Positive = "auto"
-    """Number of pipeline stages."""
+    """Number of pipeline stages; an error if the PipelineModule has another."""
     partition: str = "best"
     """How layers are split over stages."""
     seed_layers: bool = False

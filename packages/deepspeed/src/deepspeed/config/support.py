@@ -189,7 +189,14 @@ SUPPORT: Mapping[str, Support] = MappingProxyType(
         "aio.*": Support("no-op", _NVME_ONLY),
         "aio.thread_count": Support("no-op", "upstream documents it and never reads it"),
         "activation_checkpointing.*": Support("works"),
-        "pipeline.*": Support("unsupported", "comes with ds-pipe"),
+        "pipeline.*": Support("works"),
+        "pipeline.partition": Support(
+            "no-op", "the PipelineModule is built before the config is read; it has partition_method"
+        ),
+        "pipeline.seed_layers": Support("no-op", "the PipelineModule is built before the config is read; it has it"),
+        "pipeline.pipe_partitioned": Support("no-op", "upstream reads it under tensor parallelism only"),
+        "pipeline.grad_partitioned": Support("no-op", "upstream reads it under tensor parallelism only"),
+        "pipeline.use_reentrant": Support("no-op", "checkpoints are never reentrant; the results are the same"),
         "checkpoint.tag_validation": Support(
             "no-op", "ranks that save under different tags always raise, before anything is written"
         ),

@@ -14,6 +14,7 @@ __getattr__, __dir__ = attach(
         "engine",
         "fp16",
         "lr_schedules",
+        "pipe",
         "utils",
         "zero",
     ),
