@@ -109,7 +109,7 @@ def deliver(parts: list[Part], rest: dict[nn.Parameter, Tensor]) -> None:
         rest.clear()
         return gradients
 
-    stand_in: Callable[..., Tensor] = _Deliver.apply  # type: ignore[assignment]
+    stand_in: Callable[..., Tensor] = _Deliver.apply
     nodes = [stand_in(give, *rest)] if rest else []
     nodes += [stand_in(make, *parameters) for make, parameters in parts]
     parts.clear()
