@@ -18,13 +18,15 @@ Invariants
 
 from __future__ import annotations
 
+import os
 import struct
 import weakref
 import zlib
 from collections import deque
 from collections.abc import Callable
 from itertools import islice
-from typing import Protocol
+from time import perf_counter
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -84,6 +86,7 @@ class Outlet:
         self._raw = segment.raw(at, BLOCKS_AT)
         self._words = segment.words(at, BLOCKS_AT)
         self.memory = segment.tensor(at + BLOCKS_AT, (capacity,), torch.uint8)
+        self.array = self.memory.numpy()
         self._head = 0
         self._open = 0  # blocks allocated and not yet published
         self._used: dict[int, int] = {}  # offset -> bytes
@@ -117,6 +120,19 @@ class Outlet:
         self._used[offset] = need
         self._open += 1
         return offset
+
+    def keeps_up(self, num: int, seconds: float) -> bool:
+        """Whether at most ``num`` blocks are unacknowledged, after waiting for that for so long; takes them back."""
+        deadline = 0.0
+        while True:
+            self._reclaim(_RING)
+            if len(self._unacknowledged) <= num:
+                return True
+            now = perf_counter()
+            deadline = deadline or now + seconds
+            if now > deadline:
+                return False
+            os.sched_yield()
 
     def publish(self, tag: int, code: int, total: int, start: int, nbytes: int, offset: int) -> None:
         """Let the receiver see the block at ``offset``: ``nbytes`` from byte ``start`` of a message of ``total``."""
@@ -187,8 +203,7 @@ class Inlet:
     def __init__(self, segment: Segment, at: int, capacity: int) -> None:
         self._raw = segment.raw(at, BLOCKS_AT)
         self._words = segment.words(at, BLOCKS_AT)
-        self._memory = segment.tensor(at + BLOCKS_AT, (capacity,), torch.uint8)
-        self._array = self._memory.numpy()
+        self._array = segment.tensor(at + BLOCKS_AT, (capacity,), torch.uint8).numpy()
         self._capacity = capacity
         self._seen = 0
         self._waiting: dict[int, deque[Taker]] = {}
@@ -241,16 +256,15 @@ class Inlet:
         for pieces in self._arrived.values():
             for piece in pieces:
                 if piece.spilled is None:
-                    piece.spilled = self._memory[piece.offset : piece.offset + piece.nbytes].clone()
+                    piece.spilled = torch.from_numpy(self._array[piece.offset : piece.offset + piece.nbytes].copy())
                     self._acknowledge(piece.number)
 
-    def copy(self, piece: Piece, target: Tensor) -> None:
-        """The piece's bytes into ``target`` (uint8 [nbytes]); its block goes back."""
+    def copy(self, piece: Piece, target: Any) -> None:
+        """The piece's bytes into ``target`` (a numpy array, uint8 [nbytes]); its block goes back."""
         if piece.spilled is not None:
-            target.copy_(piece.spilled)
+            target[:] = piece.spilled.numpy()
             return
-        if piece.nbytes:
-            target.copy_(self._memory[piece.offset : piece.offset + piece.nbytes])
+        target[:] = self._array[piece.offset : piece.offset + piece.nbytes]
         self._acknowledge(piece.number)
 
     def lend(self, piece: Piece) -> Tensor | None:

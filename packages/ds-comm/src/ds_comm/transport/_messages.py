@@ -18,7 +18,7 @@ from __future__ import annotations
 import os
 import threading
 from collections import deque
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -33,10 +33,15 @@ if TYPE_CHECKING:
     from ds_comm.transport._control import Control
 
 _LIMIT = "DS_COMM_MESSAGE_LIMIT"
-_CAPACITY_NBYTES = 64 << 20
+_CAPACITY_NBYTES = 256 << 20
 _CAPACITY_OF_ALL = 16 << 30  # address space, not memory: pages have memory from their first use on
-_PIECE_NBYTES = 1 << 20
+_PIECE_NBYTES = 512 << 10
 """Long messages go in pieces of this size: one is copied out, still in the cache, while the next is written."""
+
+_PACE_PIECES = 2
+_PACE_SECONDS = 100e-6
+"""So many pieces ahead, a long send waits this long for the receiver, whose blocks are in the cache, before it takes
+others; a receiver that does not come meanwhile is not waited for again."""
 
 _LEAST_CAPACITY = 64 << 10
 _POLLS_TO_SPILL = 64
@@ -144,28 +149,33 @@ class Messages(Messenger):
         self._check()
         if self.poll(work):
             return
-        polls = 0
+        polls = seen = 0
 
-        def done() -> bool:
+        def moved() -> bool:
             nonlocal polls
             polls += 1
-            finished = self.poll(work)
-            if not finished and polls % _POLLS_TO_SPILL == 0:
+            if self.poll(work) or work.moved != seen:
+                return True
+            if polls % _POLLS_TO_SPILL == 0:
                 with self._lock:
                     for inlet in self._inlets.values():
                         inlet.spill()
-            return finished
+            return False
 
         entry = work.entry
         with entry.timed():
-            self._control.await_peer(work.peer, done, entry.describe)
+            while not work.finished:  # anew for every piece, since a wait gets less attentive as it lasts
+                seen = work.moved
+                self._control.await_peer(work.peer, moved, entry.describe)
 
     def push(self, work: SendWork) -> None:
         """As many pieces of ``work`` as there is room for."""
         outlet = self._outlet(work.peer, work.entry)
-        flat, total = work.flat, work.flat.numel()
+        flat, total = work.flat, work.total
+        paced = total > _PACE_PIECES * _PIECE_NBYTES
         while not work.finished:
-            nbytes = min(total - work.sent, _PIECE_NBYTES, outlet.capacity // 4)
+            nbytes = min(total - work.moved, _PIECE_NBYTES, outlet.capacity // 4)
+            paced = paced and outlet.keeps_up(_PACE_PIECES, _PACE_SECONDS)
             offset = self._allocate(work.peer, nbytes, work.entry)
             if offset is None:  # lent blocks may leave no gap of this size, but always one of this
                 nbytes = min(nbytes, outlet.capacity // 512)
@@ -173,10 +183,10 @@ class Messages(Messenger):
                 if offset is None:
                     return
             if nbytes:
-                outlet.memory[offset : offset + nbytes].copy_(flat[work.sent : work.sent + nbytes])
-            outlet.publish(work.tag, work.code, total, work.sent, nbytes, offset)
-            work.sent += nbytes
-            work.finished = work.sent == total
+                outlet.array[offset : offset + nbytes] = flat[work.moved : work.moved + nbytes]
+            outlet.publish(work.tag, work.code, total, work.moved, nbytes, offset)
+            work.moved += nbytes
+            work.finished = work.moved == total
         del work.flat
 
     def publish(self, packet: ShmPacket) -> Work:
@@ -272,9 +282,10 @@ class SendWork(Work):
 
     def __init__(self, messages: Messages, flat: Tensor, peer: int, tag: int, code: int, entry: Entry) -> None:
         self._messages = messages
-        self.flat = flat
+        self.flat = flat.numpy()
+        self.total = flat.numel()
         self.peer, self.tag, self.code, self.entry = peer, tag, code, entry
-        self.sent = 0
+        self.moved = 0
 
     def wait(self) -> None:
         if not self.finished:
@@ -297,7 +308,8 @@ class ReceiveWork(Receipt):
         self.total = nbytes if target is None else target.numel() * target.itemsize
         self._target = target
         self._into: Tensor | None = None
-        self._left = self.total
+        self._array: Any = None  # the same bytes for numpy, which copies bytes faster than torch
+        self.moved = 0
 
     def take(self, piece: Piece) -> None:
         if piece.total != self.total or piece.code != self.code:
@@ -308,9 +320,10 @@ class ReceiveWork(Receipt):
                 self.finished = True
                 return
             self._into = self._prepare()
-        self.inlet.copy(piece, self._into[piece.start : piece.start + piece.nbytes])
-        self._left -= piece.nbytes
-        if self._left == 0:
+            self._array = self._into.numpy()
+        self.inlet.copy(piece, self._array[piece.start : piece.start + piece.nbytes])
+        self.moved += piece.nbytes
+        if self.moved == self.total:
             self._complete(self._into)
 
     def wait(self) -> None:
@@ -333,7 +346,7 @@ class ReceiveWork(Receipt):
             self.data = into
         elif into.data_ptr() != target.data_ptr():
             target.detach().copy_(into.view(target.dtype).view(target.shape))
-        self._target = self._into = None
+        self._target = self._into = self._array = None
         self.finished = True
 
 
