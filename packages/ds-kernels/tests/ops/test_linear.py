@@ -85,7 +85,7 @@ def test_not_a_number_stays_in_its_row(backend: str) -> None:
 
 
 @pytest.mark.parametrize("bias", [False, True])
-@pytest.mark.parametrize("shape", [(40, 96), (7, 33), (1, 64), (9, 5)], ids=str)
+@pytest.mark.parametrize("shape", [(40, 96), (7, 33), (1, 64), (9, 5), (70, 2090)], ids=str)
 def test_bf16_weights(backend: str, shape: tuple[int, int], bias: bool) -> None:
     outputs, columns = shape
     weight = torch.randn(shape).bfloat16()

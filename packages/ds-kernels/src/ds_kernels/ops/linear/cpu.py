@@ -23,6 +23,10 @@ CHUNK_NUMEL = 1 << 20
 """Elements of a weight that are dequantised at a time."""
 GRAIN_NBYTES = 1 << 15
 """Bytes of weights that are handed to a thread at a time."""
+TILE_NBYTES = 1 << 14
+"""Bytes of bf16 activations that stay in the first cache while weight rows pass by."""
+TILED_GRAIN = 16
+"""Groups of weight rows that share a tile of activations."""
 WEIGHT_ROWS = {1: 8, 2: 4, 4: 4, 8: 2}
 """bf16 weight rows that are read side by side, by rows of activations: as many sums as there are registers."""
 
@@ -139,9 +143,11 @@ def _rows_bf16(start: Callable[..., Any], x: Tensor, weight: Tensor, bias: Tenso
     outputs, columns = weight.shape
     rows = x.numel() // columns
     block = _block(rows)
-    weights = WEIGHT_ROWS[block]
+    weights, chunks = WEIGHT_ROWS[block], columns // 32
+    tiles = max(1, -(-64 * chunks * block // TILE_NBYTES))
+    grain = max(1, GRAIN_NBYTES // (2 * columns * weights))
     return start(
         _kernels().BF16_ROWS, x, weight, 0 if bias is None else bias, y, rows, outputs, columns, block, weights,
-        0 if bias is None else CODES[bias.dtype],
-        items=-(-outputs // weights), grain=max(1, GRAIN_NBYTES // (2 * columns * weights)),
+        max(1, -(-chunks // tiles)), 0 if bias is None else CODES[bias.dtype],
+        items=-(-outputs // weights), grain=grain if tiles == 1 else max(grain, TILED_GRAIN),
     )  # fmt: skip

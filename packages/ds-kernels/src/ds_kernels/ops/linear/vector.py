@@ -19,21 +19,21 @@ from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
-__all__ = ["LANES", "panel_dot", "rint", "rows_dot"]
+__all__ = ["FLOATS", "I8", "I16", "I32", "I64", "INTS", "LANES", "LINE", "Emitter", "panel_dot", "rows_dot"]
 
 LANES = 16
 """32-bit lanes of a vector: the weight rows of a panel."""
 LINE = 64
 """Bytes of a vector, and of a cache line."""
 AHEAD = 4096
-"""Bytes of weights that are prefetched ahead: about what memory delivers in its own latency."""
+"""Bytes of a panel that are prefetched ahead: about what memory delivers in its own latency."""
 UNROLL = 4
 
 I8, I16, I32, I64, F32 = ir.IntType(8), ir.IntType(16), ir.IntType(32), ir.IntType(64), ir.FloatType()
 INTS, FLOATS = ir.VectorType(I32, LANES), ir.VectorType(F32, LANES)
 
 
-class _Emitter:
+class Emitter:
     """Emits vector instructions at a builder's position."""
 
     def __init__(self, context: Any, builder: Any) -> None:
@@ -106,6 +106,20 @@ class _Emitter:
         halves = self.load(address, ir.VectorType(I16, LANES), 2)
         return self.builder.bitcast(self.builder.shl(self.builder.zext(halves, INTS), self.ints(16)), FLOATS)
 
+    def totals(self, vectors: Sequence[Any]) -> Any:
+        """A vector whose lane i is the sum of vector i (a power of two of them): neighbours are folded."""
+        b = self.builder
+        even, odd = (ir.Constant(INTS, list(range(first, 2 * LANES, 2))) for first in (0, 1))
+        width = LANES
+        while width > 1:
+            left, right = vectors[::2], vectors[1::2] or vectors
+            vectors = [
+                b.fadd(b.shuffle_vector(one, two, even), b.shuffle_vector(one, two, odd))
+                for one, two in zip(left, right, strict=True)
+            ]
+            width //= 2
+        return vectors[0]
+
     def loop(
         self, count: Any, step: int, start: Sequence[Any], body: Callable[[Any, list[Any]], Sequence[Any]]
     ) -> list[Any]:
@@ -130,16 +144,6 @@ class _Emitter:
         return final
 
 
-@intrinsic
-def rint(_context, value):
-    """Round to the nearest whole number, halves to even: one instruction, and vectorisable."""
-
-    def codegen(context: Any, builder: Any, _signature: Any, args: Any) -> Any:
-        return _Emitter(context, builder).call("llvm.rint.f32", F32, *args)
-
-    return types.float32(types.float32), codegen
-
-
 @intrinsic(prefer_literal=True)
 def panel_dot(
     _context, bits, rows, planes, centred, codes, scale, centre, x, meta, groups, depth, group, out
@@ -153,14 +157,14 @@ def panel_dot(
     num = (bits.literal_value, rows.literal_value, planes.literal_value, bool(centred.literal_value))
 
     def codegen(context: Any, builder: Any, _signature: Any, args: Any) -> Any:
-        _emit_panel(_Emitter(context, builder), *num, *args[4:])
+        _emit_panel(Emitter(context, builder), *num, *args[4:])
         return context.get_dummy_value()
 
     return types.void(bits, rows, planes, centred, *([types.int64] * 9)), codegen
 
 
 def _emit_panel(
-    e: _Emitter, bits: int, rows: int, planes: int, centred: bool,
+    e: Emitter, bits: int, rows: int, planes: int, centred: bool,
     codes: Any, scale: Any, centre: Any, x: Any, meta: Any, groups: Any, depth: Any, group: Any, out: Any,
 ) -> None:  # fmt: skip
     b, width = e.builder, rows * planes
@@ -198,7 +202,7 @@ def _emit_panel(
 
 
 def _emit_columns(
-    e: _Emitter, bits: int, width: int, count: Any, codes: Any, x: Any, start: list[Any]
+    e: Emitter, bits: int, width: int, count: Any, codes: Any, x: Any, start: list[Any]
 ) -> list[Any]:  # fmt: skip
     """Sums of products over `count` columns; few sums are kept in two sets, which hides the latency of adding."""
     b = e.builder
@@ -230,27 +234,28 @@ def _emit_columns(
 
 
 @intrinsic(prefer_literal=True)
-def rows_dot(_context, num_weights, rows, weight, stride, x, chunks, out):
-    """out[num_weights][rows] (fp32): rows of bf16 weights, `stride` bytes apart, times activation rows.
+def rows_dot(_context, num_weights, rows, weight, stride, ahead, x, chunks, out, out_stride):
+    """out[rows][num_weights] (fp32) += activation rows times rows of bf16 weights, which lie `stride` bytes apart.
 
     Literals: how many of each. x holds the activations as [chunks][rows][32] bf16; columns that do not fill a chunk of
-    32 are left to the caller.
+    32 are left to the caller. The weights `ahead` bytes further on are prefetched; the rows of out lie `out_stride`
+    bytes apart.
     """
     sizes = (num_weights.literal_value, rows.literal_value)
 
     def codegen(context: Any, builder: Any, _signature: Any, args: Any) -> Any:
-        _emit_rows(_Emitter(context, builder), *sizes, *args[2:])
+        _emit_rows(Emitter(context, builder), *sizes, *args[2:])
         return context.get_dummy_value()
 
-    return types.void(num_weights, rows, *([types.int64] * 5)), codegen
+    return types.void(num_weights, rows, *([types.int64] * 7)), codegen
 
 
 def _emit_rows(
-    e: _Emitter, num_weights: int, rows: int, weight: Any, stride: Any, x: Any, chunks: Any, out: Any
+    e: Emitter, num_weights: int, rows: int,
+    weight: Any, stride: Any, ahead: Any, x: Any, chunks: Any, out: Any, out_stride: Any,
 ) -> None:  # fmt: skip
     b = e.builder
     starts = [b.add(weight, b.mul(stride, I64(i))) for i in range(num_weights)]
-    ahead = b.mul(stride, I64(num_weights))  # the same place in the next rows: what comes next when these are done
 
     def step(chunk: Any, sums: list[Any]) -> list[Any]:
         offset = b.mul(chunk, I64(LINE))
@@ -261,13 +266,13 @@ def _emit_rows(
             pairs = e.load(place, INTS, 1)
             e.prefetch(b.add(place, ahead))
             for row in range(rows):
-                total = sums[i * rows + row]
-                sums[i * rows + row] = e.dot_bf16(total, pairs, activations[row])
+                total = sums[row * num_weights + i]
+                sums[row * num_weights + i] = e.dot_bf16(total, pairs, activations[row])
         return sums
 
-    sums = e.loop(chunks, 1, [ir.Constant(FLOATS, None)] * (num_weights * rows), step)
-    kind = ir.FunctionType(F32, [F32, FLOATS])
-    name = "llvm.vector.reduce.fadd.v16f32"
-    reduce = b.module.globals.get(name) or ir.Function(b.module, kind, name)
-    for i, total in enumerate(sums):
-        e.store(e.at(out, 4 * i), b.call(reduce, [F32(0.0), total], fastmath=("reassoc",)))
+    totals = e.totals(e.loop(chunks, 1, [ir.Constant(FLOATS, None)] * (num_weights * rows), step))
+    for row in range(rows):
+        mask = ir.Constant(ir.VectorType(I32, num_weights), [row * num_weights + i for i in range(num_weights)])
+        part = b.shuffle_vector(totals, totals, mask)
+        place = b.add(out, b.mul(out_stride, I64(row)))
+        e.store(place, b.fadd(e.load(place, part.type, 4), part))
