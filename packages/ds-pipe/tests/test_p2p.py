@@ -120,3 +120,54 @@ def send_a_set() -> str:
 
 def test_an_object_that_is_no_payload() -> None:
     assert "a stage returned set; between stages go tensors" in run_ranks(send_a_set, 1)[0]
+
+
+def changes_that_count() -> list[str]:
+    """A constant is part of what was announced; one that is equal and not the same is another."""
+    texts = []
+    for tag, (first, second) in enumerate([(1, True), (0.0, -0.0), (2, 3), (float("nan"), float("nan"))], start=1):
+        if ds_comm.get_rank() == 0:
+            outbox = Outbox()
+            sender = Sender(None, 1, tag, "test", CPU)
+            sender.send([first, torch.ones(1)], outbox)
+            try:
+                sender.send([second, torch.ones(1)], outbox)
+                texts.append("same")
+            except PipelineError:
+                texts.append("another")
+            outbox.drain()
+        else:
+            value = Receiver(None, 0, tag, "test", CPU).post().wait()[0]
+            texts.append(repr(value))
+    return texts
+
+
+def test_constants_are_compared_to_the_bit() -> None:
+    sent, received = run_ranks(changes_that_count, 2)
+    assert sent == ["another", "another", "another", "same"]
+    assert received == ["1", "0.0", "2", "nan"]
+
+
+def kept_activations() -> list[bool]:
+    """Tensors of one packet have version counters of their own, and packets that are kept stay as they came."""
+    num = 12
+    if ds_comm.get_rank() == 0:
+        outbox, sender = Outbox(), Sender(None, 1, 1, "test", CPU)
+        for i in range(num):
+            sender.send((torch.full((64,), float(i), requires_grad=True), torch.full((3,), i)), outbox)
+        outbox.drain()
+        return []
+    receiver = Receiver(None, 0, 1, "test", CPU)
+    losses, leaves = [], []
+    for i in range(num):
+        floats, integers = receiver.post().wait()
+        losses.append((floats * floats).sum())
+        integers.add_(1)  # no business of the graph that saved `floats`
+        leaves.append((floats, i))
+    for loss in losses:
+        loss.backward()
+    return [torch.equal(leaf.grad, torch.full((64,), 2.0 * i)) for leaf, i in leaves if leaf.grad is not None]
+
+
+def test_activations_that_are_kept() -> None:
+    assert run_ranks(kept_activations, 2)[1] == [True] * 12

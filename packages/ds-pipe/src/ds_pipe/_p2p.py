@@ -8,17 +8,20 @@ purpose. Per payload the channel carries
     [header length, header]   first time only; with `dynamic` always
     packet                    a status word (64 bytes), then the tensors' bytes, each at a multiple of 64
 
-so that a payload of any number of tensors and dtypes is one message, and its receive can be posted early. A sender that
-finds another header than the one announced, and a stage that fails, sends a packet of the announced size whose status
-says so, then the text as a header (`fail`): both ends raise PipelineError and none waits.
+so that a payload of any number of tensors and dtypes is one message, and its receive can be posted early. Packets are
+those of a `ds_comm.Channel`: between ranks of one host the sender copies the tensors into shared memory, and the
+receiver's tensors are that memory, until the last of them (and the graph that saved it) is gone. A sender that finds
+another header than the one announced, and a stage that fails, sends a packet of the announced size whose status says
+so, then the text as a header (`fail`): both ends raise PipelineError and none waits.
 
-Invariants. A channel's messages are sent and received in one order (messages between two ranks of a group keep their
-order), and a packet stays alive until its send is done.
+Invariants. A channel's messages are sent and received in one order, and a packet stays alive until its send is done.
+Received tensors share storage, but neither version counters nor gradients.
 """
 
 from __future__ import annotations
 
 import json
+import sys
 from collections import deque
 from dataclasses import dataclass
 from math import prod
@@ -35,39 +38,65 @@ __all__ = ["Incoming", "Outbox", "Receiver", "Sender"]
 
 _ALIGNMENT = 64
 _OK, _FAILED = 0, 1
-_CONSTANTS = (type(None), bool, int, float, str)
 _DTYPES = {str(d).removeprefix("torch."): d for d in vars(torch).values() if isinstance(d, torch.dtype)}
 
 
 @dataclass(frozen=True)
+class _Layout:
+    """Where one tensor lies in a packet: `offset` and `nbytes` in bytes."""
+
+    dtype: torch.dtype
+    shape: torch.Size
+    stride: tuple[int, ...]
+    requires_grad: bool
+    offset: int
+
+    def fits(self, tensor: Tensor) -> bool:
+        return tensor.dtype is self.dtype and tensor.shape == self.shape and tensor.requires_grad is self.requires_grad
+
+    def view(self, packet: Tensor) -> Tensor:
+        """The tensor in the packet (uint8 [nbytes]), with a version counter of its own."""
+        start = (packet.storage_offset() + self.offset) // self.dtype.itemsize
+        empty = torch.empty(0, dtype=self.dtype, device=packet.device)
+        return empty.set_(packet.untyped_storage(), start, self.shape, self.stride)
+
+
+@dataclass(frozen=True)
 class _Header:
-    """Where each tensor lies in a packet, and the structure around them."""
+    """Where each tensor lies in a packet of `nbytes`, and the structure around them."""
 
     text: str
     structure: Any
-    tensors: list[tuple[torch.dtype, list[int], bool]]
-    offsets: list[int]
+    tensors: list[_Layout]
     nbytes: int
 
     @classmethod
     def parse(cls, text: str) -> _Header:
         structure, described = json.loads(text)
-        tensors = [(_DTYPES[dtype], shape, grad) for dtype, shape, grad in described]
-        offsets, at = [], _ALIGNMENT
-        for dtype, shape, _ in tensors:
-            offsets.append(at)
+        tensors, at = [], _ALIGNMENT
+        for name, shape, grad in described:
+            dtype = _DTYPES[name]
+            stride = [prod(shape[i + 1 :]) for i in range(len(shape))]
+            tensors.append(_Layout(dtype, torch.Size(shape), tuple(stride), grad, at))
             at += -(-prod(shape) * dtype.itemsize // _ALIGNMENT) * _ALIGNMENT
-        return cls(text, structure, tensors, offsets, at)
+        return cls(text, structure, tensors, at)
 
-    def views(self, packet: Tensor) -> list[Tensor]:
-        """The tensors, as views of the packet (uint8 [nbytes])."""
-        return [
-            packet[at : at + prod(shape) * dtype.itemsize].view(dtype).view(shape)
-            for at, (dtype, shape, _) in zip(self.offsets, self.tensors, strict=True)
-        ]
+    @staticmethod
+    def describe(structure: Any, tensors: list[Tensor]) -> str:
+        """The header of a payload."""
+        described = [(str(t.dtype).removeprefix("torch."), list(t.shape), t.requires_grad) for t in tensors]
+        return json.dumps([structure, described])
+
+    def fits(self, structure: Any, tensors: list[Tensor]) -> bool:
+        """Whether this is the header of such a payload."""
+        return (
+            structure == self.structure
+            and len(tensors) == len(self.tensors)
+            and all(layout.fits(tensor) for layout, tensor in zip(self.tensors, tensors, strict=True))
+        )
 
     def shapes(self) -> str:
-        return ", ".join(f"{str(dtype).removeprefix('torch.')} {tuple(shape)}" for dtype, shape, _ in self.tensors)
+        return ", ".join(f"{str(t.dtype).removeprefix('torch.')} {tuple(t.shape)}" for t in self.tensors)
 
 
 def flatten(payload: Any, tensors: list[Tensor]) -> Any:
@@ -75,8 +104,14 @@ def flatten(payload: Any, tensors: list[Tensor]) -> Any:
     if isinstance(payload, Tensor):
         tensors.append(payload)
         return {"tensor": len(tensors) - 1}
-    if isinstance(payload, _CONSTANTS):
+    if payload is None or isinstance(payload, bool):
         return {"constant": payload}
+    if isinstance(payload, int):
+        return {"int": int(payload)}
+    if isinstance(payload, float):
+        return {"float": float(payload).hex()}  # exact, and equal where the bits are: as JSON -0.0 == 0.0, nan != nan
+    if isinstance(payload, str):
+        return {"str": str(payload)}
     if isinstance(payload, tuple | list):
         kind = "tuple" if isinstance(payload, tuple) else "list"
         return {kind: [flatten(item, tensors) for item in payload]}
@@ -92,8 +127,10 @@ def _unflatten(structure: Any, tensors: list[Tensor]) -> Any:
     ((kind, value),) = structure.items()
     if kind == "tensor":
         return tensors[value]
-    if kind == "constant":
+    if kind in ("constant", "int", "str"):
         return value
+    if kind == "float":
+        return float.fromhex(value)
     if kind == "dict":
         return {key: _unflatten(item, tensors) for key, item in value.items()}
     items = [_unflatten(item, tensors) for item in value]
@@ -105,12 +142,16 @@ class Outbox:
 
     def __init__(self, limit: int | None = None) -> None:
         self.limit = limit
-        self._pending: deque[tuple[ds_comm.Work, Tensor]] = deque()
+        self._pending: deque[tuple[ds_comm.Work, ds_comm.Packet]] = deque()
 
-    def put(self, tensor: Tensor, group: dist.ProcessGroup | None, peer: int, tag: int, label: str) -> None:
+    def put(self, packet: ds_comm.Packet) -> None:
+        """Start sending the packet."""
+        work = packet.send()
+        if work.finished:
+            return
         while self.limit is not None and len(self._pending) >= self.limit:
             self._pending.popleft()[0].wait()
-        self._pending.append((ds_comm.isend(tensor, group=group, tag=tag, group_dst=peer, label=label), tensor))
+        self._pending.append((work, packet))
 
     def drain(self) -> None:
         """Wait until all is sent."""
@@ -118,17 +159,23 @@ class Outbox:
             self._pending.popleft()[0].wait()
 
 
-@dataclass
 class _End:
     """One end of a channel: `peer` is a rank of `group`; `tag` tells the purposes apart; `label` is for the ledger."""
 
-    group: dist.ProcessGroup | None
-    peer: int
-    tag: int
-    label: str
-    device: torch.device
-    dynamic: bool = False
-    header: _Header | None = None
+    def __init__(
+        self,
+        group: dist.ProcessGroup | None,
+        peer: int,
+        tag: int,
+        label: str,
+        device: torch.device,
+        dynamic: bool = False,
+    ) -> None:
+        comm = ds_comm.communicator(group)
+        self.peer, self.label, self.dynamic = peer, label, dynamic
+        self.header: _Header | None = None
+        self._packets = comm.channel(peer, tag=tag, label=label, device=device)
+        self._texts = comm.channel(peer, tag=tag, label=f"{label} header", device=device)
 
 
 class Sender(_End):
@@ -138,39 +185,44 @@ class Sender(_End):
         """Start sending. PipelineError if shapes or structure changed and not `dynamic`; the caller then `fail`s."""
         tensors: list[Tensor] = []
         structure = flatten(payload, tensors)
-        described = [(str(t.dtype).removeprefix("torch."), list(t.shape), t.requires_grad) for t in tensors]
-        text = json.dumps([structure, described])
         known = self.header
-        if known is None or self.dynamic:
-            known = known if known is not None and known.text == text else _Header.parse(text)
-            self.header = known
-            self._send_text(text, outbox)
-        elif text != known.text:
+        if known is None or self.dynamic or not known.fits(structure, tensors):
+            known = self._announce(_Header.describe(structure, tensors), outbox)
+        packet = self._packets.packet(known.nbytes)
+        data = packet.data
+        _set_status(data, _OK)
+        for layout, tensor in zip(known.tensors, tensors, strict=True):
+            layout.view(data).copy_(tensor.detach())
+        outbox.put(packet)
+
+    def fail(self, message: str, outbox: Outbox) -> None:
+        """Instead of a payload: make the receiver raise `message`."""
+        if self.header is not None and not self.dynamic:
+            packet = self._packets.packet(self.header.nbytes)
+            _set_status(packet.data, _FAILED)
+            outbox.put(packet)
+        self._send_text(message, outbox, failed=True)
+
+    def _announce(self, text: str, outbox: Outbox) -> _Header:
+        known = self.header
+        if known is not None and not self.dynamic:
             raise PipelineError(
                 f"{self.label}: the payload changed from [{known.shapes()}] to [{_Header.parse(text).shapes()}] (or "
                 "its structure did); give dynamic_shape=True, or micro-batches of one shape"
             )
-        packet = torch.empty(known.nbytes, dtype=torch.uint8, device=self.device)
-        packet[:_ALIGNMENT] = _OK
-        for view, tensor in zip(known.views(packet), tensors, strict=True):
-            view.copy_(tensor.detach())
-        outbox.put(packet, self.group, self.peer, self.tag, self.label)
-
-    def fail(self, message: str, outbox: Outbox) -> None:
-        """Instead of a payload: make the receiver raise `message`."""
-        known = self.header
-        if known is None or self.dynamic:
-            self._send_text(message, outbox, failed=True)
-            return
-        packet = torch.full((known.nbytes,), _FAILED, dtype=torch.uint8, device=self.device)
-        outbox.put(packet, self.group, self.peer, self.tag, self.label)
-        self._send_text(message, outbox, failed=True)
+        if known is None or known.text != text:
+            known = self.header = _Header.parse(text)
+        self._send_text(text, outbox)
+        return known
 
     def _send_text(self, text: str, outbox: Outbox, *, failed: bool = False) -> None:
-        data = torch.tensor(list(text.encode()), dtype=torch.uint8, device=self.device)
-        length = torch.tensor([-data.numel() if failed else data.numel()], device=self.device)
-        outbox.put(length, self.group, self.peer, self.tag, f"{self.label} header")
-        outbox.put(data, self.group, self.peer, self.tag, f"{self.label} header")
+        encoded = text.encode()
+        length = self._texts.packet(8)
+        length.data.copy_(torch.tensor([-len(encoded) if failed else len(encoded)]).view(torch.uint8))
+        outbox.put(length)
+        data = self._texts.packet(len(encoded))
+        data.data.copy_(torch.frombuffer(bytearray(encoded), dtype=torch.uint8))
+        outbox.put(data)
 
 
 class Receiver(_End):
@@ -180,10 +232,10 @@ class Receiver(_End):
         """Start receiving the next payload; waits for its header only where one comes."""
         known = self.header
         if known is None or self.dynamic:
-            known = _Header.parse(self._receive_text())
-            self.header = known
-        packet = torch.empty(known.nbytes, dtype=torch.uint8, device=self.device)
-        return Incoming(self, known, packet, self._start(packet, self.label))
+            text = self._receive_text()
+            if known is None or known.text != text:
+                known = self.header = _Header.parse(text)
+        return Incoming(self, known, self._packets.receive(known.nbytes))
 
     def raise_failure(self) -> None:
         """After a packet that says so: receive the text and raise it."""
@@ -191,34 +243,45 @@ class Receiver(_End):
         raise PipelineError(f"{self.label}: rank {self.peer} of the pipeline sent a failure without a text")
 
     def _receive_text(self) -> str:
-        length = torch.zeros(1, dtype=torch.int64, device=self.device)
-        self._start(length, f"{self.label} header").wait()
-        data = torch.empty(abs(int(length)), dtype=torch.uint8, device=self.device)
-        self._start(data, f"{self.label} header").wait()
-        text = bytes(data.tolist()).decode()
+        length = int.from_bytes(self._receive_bytes(8), sys.byteorder, signed=True)
+        text = self._receive_bytes(abs(length)).decode()
         if length < 0:
             raise PipelineError(text)
         return text
 
-    def _start(self, tensor: Tensor, label: str) -> ds_comm.Work:
-        return ds_comm.irecv(tensor, group=self.group, tag=self.tag, group_src=self.peer, label=label)
+    def _receive_bytes(self, nbytes: int) -> bytes:
+        receipt = self._texts.receive(nbytes)
+        receipt.wait()
+        return receipt.data.cpu().numpy().tobytes()
 
 
-@dataclass(frozen=True)
 class Incoming:
     """A payload on its way."""
 
-    receiver: Receiver
-    header: _Header
-    packet: Tensor
-    work: ds_comm.Work
+    __slots__ = ("_header", "_receipt", "_receiver")
+
+    def __init__(self, receiver: Receiver, header: _Header, receipt: ds_comm.Receipt) -> None:
+        self._receiver, self._header, self._receipt = receiver, header, receipt
 
     def wait(self) -> Any:
         """The payload; tensors that take a gradient are leaves that require one. PipelineError if the peer failed."""
-        self.work.wait()
-        if self.packet[0] != _OK:
-            self.receiver.raise_failure()
-        tensors = self.header.views(self.packet)
-        for tensor, (_, _, grad) in zip(tensors, self.header.tensors, strict=True):
-            tensor.requires_grad_(grad)
-        return _unflatten(self.header.structure, tensors)
+        self._receipt.wait()
+        data = self._receipt.data
+        if _status(data) != _OK:
+            self._receiver.raise_failure()
+        tensors = []
+        for layout in self._header.tensors:
+            tensor = layout.view(data)
+            tensors.append(tensor.requires_grad_() if layout.requires_grad else tensor)
+        return _unflatten(self._header.structure, tensors)
+
+
+def _set_status(packet: Tensor, status: int) -> None:
+    if packet.device.type == "cpu":
+        packet.numpy()[0] = status  # a fraction of what torch takes for it
+    else:
+        packet[0] = status
+
+
+def _status(packet: Tensor) -> int:
+    return int(packet.numpy()[0] if packet.device.type == "cpu" else packet[0])
