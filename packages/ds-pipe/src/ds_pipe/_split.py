@@ -1,6 +1,6 @@
 """Backward in two parts, I (input gradient) and W (weight gradient), with the bits of autograd's own backward.
 
-Forward runs under a mode that sees every torch call with a parameter. Where a weight enters through `F.linear`,
+During forward every torch call with a parameter is seen (`_Watch`). Where a weight enters through `F.linear`,
 `torch.addmm` or a matrix product, the call goes through an autograd node (`_Product`) whose backward gives the input's
 gradient and keeps (input, output's gradient) for W. I is then `torch.autograd.grad` with respect to the chunk's inputs
 and all its parameters: what is not deferred (norms, embeddings, convolutions) comes out there. W computes the kept
@@ -9,7 +9,7 @@ products, the same calls in the same layouts as autograd's own formulas, and han
 
 Invariants. A parameter that several calls of one forward take is not deferred: autograd sums its gradient as ever, in
 its own order. Nothing is deferred under autocast, for tensor subclasses, or outside the three forms above. A recompute
-in I (activation checkpointing that is not reentrant) runs under the same mode, so that it saves what the forward saved.
+in I (activation checkpointing that is not reentrant) is watched alike, so that it saves what the forward saved.
 Tensor hooks of parameters run when the gradient is delivered, not in I.
 """
 
@@ -22,7 +22,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
 __all__ = ["Record", "SplitBackward", "deliver"]
 
@@ -52,18 +51,19 @@ class SplitBackward:
     ) -> None:
         self.parameters = list(parameters)
         known = {id(parameter) for parameter in parameters}
-        self._mode = _Mode(known, known - {id(parameter) for parameter in at_once}) if defers else None
+        self._watch = _Watch(parameters, known - {id(parameter) for parameter in at_once}) if defers else None
 
     @contextmanager
     def watching(self, record: Record, *, recomputing: bool = False) -> Iterator[None]:
         """Around the chunk's forward, and its recompute."""
-        mode = self._mode
-        if mode is None:
+        if self._watch is None:
             yield
             return
-        mode.record, mode.counts = record, not recomputing
-        with mode:
+        self._watch.on(record, counts=not recomputing)
+        try:
             yield
+        finally:
+            self._watch.off()
 
     def input_gradients(
         self, record: Record, outputs: list[Tensor], gradients: list[Tensor | None], inputs: list[Tensor]
@@ -84,7 +84,7 @@ class SplitBackward:
         parts: list[Part] = []
         rest = record.rest
         for make, parameters in record.deferred:
-            # Used once more where the mode does not see it (a scripted module): a sum of two, in either order.
+            # Used once more where nobody sees it (a scripted module): a sum of two, in either order.
             more = {at: rest.pop(parameter) for at, parameter in enumerate(parameters) if parameter in rest}
             parts.append((_with_more(make, more) if more else make, parameters))
         record.deferred = []
@@ -92,7 +92,7 @@ class SplitBackward:
 
 
 def _grad(outputs: tuple[Tensor, ...], starts: tuple[Tensor, ...], inputs: tuple[Tensor, ...]) -> Gradients:
-    """`torch.autograd.grad(outputs, inputs, starts, allow_unused=True)`, which would run outside of an active mode."""
+    """`torch.autograd.grad(outputs, inputs, starts, allow_unused=True)`, which watched parameters would intercept."""
     run = torch.autograd.Variable._execution_engine.run_backward
     found: Gradients = run(outputs, starts, False, False, inputs, allow_unreachable=True, accumulate_grad=False)
     return found
@@ -145,7 +145,6 @@ _FORMS: dict[Any, str] = {
     **dict.fromkeys((torch.addmm, Tensor.addmm), "addmm"),
     **dict.fromkeys((torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.mm, Tensor.mm), "matmul"),
 }
-_PLAIN = (Tensor, nn.Parameter)
 
 
 def _parse(form: str, args: Any, kwargs: Any) -> _Call | None:
@@ -158,36 +157,52 @@ def _parse(form: str, args: Any, kwargs: Any) -> _Call | None:
     return None
 
 
-class _Mode(TorchFunctionMode):
-    """Counts the uses of parameters, and sends products with them through `_Product`."""
+class _Watch:
+    """Counts the uses of parameters and sends products with them through `_Product`, between `on` and `off`.
 
-    def __init__(self, known: set[int], deferrable: set[int]) -> None:
-        super().__init__()
-        self._known = known
-        self._deferrable = deferrable
-        self.record = Record()
-        self.counts = True
+    There the parameters are of a subclass of their own, whose `__torch_function__` sees the calls that take one. (A
+    `TorchFunctionMode` would see the same and all other calls as well, for 3 % of a small model's forward.)
+    """
 
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __init__(self, parameters: Sequence[nn.Parameter], deferrable: set[int]) -> None:
+        self._parameters = [parameter for parameter in parameters if type(parameter) is nn.Parameter]
+        self._known = {id(parameter) for parameter in self._parameters}
+        self._deferrable = self._known & deferrable
+        self._record = Record()
+        self._counts = True
+        self._class = type("Parameter", (nn.Parameter,), {"__torch_function__": staticmethod(self._call)})
+        self._plain = (Tensor, nn.Parameter, self._class)
+
+    def on(self, record: Record, *, counts: bool) -> None:
+        self._record, self._counts = record, counts
+        for parameter in self._parameters:
+            parameter.__class__ = self._class
+
+    def off(self) -> None:
+        for parameter in self._parameters:
+            parameter.__class__ = nn.Parameter
+
+    def _call(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        form = _FORMS.get(func)
-        call = _parse(form, args, kwargs) if form is not None and torch.is_grad_enabled() else None
-        if call is not None and self._defers(call):
-            result: Any = _Product.apply(self.record, self._deferrable, *call)  # type: ignore[no-untyped-call]
-        else:
-            result = func(*args, **kwargs)
-        if self.counts:
-            self._count(result, args, kwargs)
+        with torch._C.DisableTorchFunctionSubclass():
+            form = _FORMS.get(func)
+            call = _parse(form, args, kwargs) if form is not None and torch.is_grad_enabled() else None
+            if call is not None and self._defers(call):
+                result = _Product.apply(self._record, self._deferrable, *call)  # type: ignore[no-untyped-call]
+            else:
+                result = func(*args, **kwargs)
+            if self._counts:
+                self._count(result, args, kwargs)
         return result
 
     def _defers(self, call: _Call) -> bool:
         form, inputs, weight, bias = call
-        if id(weight) not in self._deferrable or type(inputs) not in _PLAIN or type(weight) not in _PLAIN:
+        if id(weight) not in self._deferrable or type(inputs) not in self._plain:
             return False
         if weight.dim() != 2 or inputs.dim() < 2 or inputs.dtype != weight.dtype or inputs.layout != torch.strided:
             return False
         width = weight.shape[0] if form == "linear" else weight.shape[1]
-        if bias is not None and (type(bias) not in _PLAIN or bias.shape != (width,) or bias.dtype != weight.dtype):
+        if bias is not None and (type(bias) not in self._plain or bias.shape != (width,) or bias.dtype != weight.dtype):
             return False
         return not torch.is_autocast_enabled(inputs.device.type)
 
@@ -195,7 +210,7 @@ class _Mode(TorchFunctionMode):
         results = result if isinstance(result, tuple | list) else (result,)
         if not any(isinstance(one, Tensor) and one.requires_grad for one in results):
             return
-        uses, known = self.record.uses, self._known
+        uses, known = self._record.uses, self._known
         for given in (*args, *kwargs.values()):
             for value in given if isinstance(given, tuple | list) else (given,):
                 if id(value) in known:
@@ -210,8 +225,8 @@ class _Product(torch.autograd.Function):
         ctx.record, ctx.deferrable, ctx.form, ctx.weight, ctx.bias = record, deferrable, form, weight, bias
         # Where autograd's own linear adds the bias to the flattened product, it also sums the flattened gradient.
         ctx.flat = form == "addmm" or inputs.dim() == 2 or (inputs.dim() == 3 and inputs.is_contiguous())
-        matrix = weight.t() if form == "linear" else weight
-        ctx.column_major = matrix.stride(0) == 1 and matrix.stride(1) == matrix.shape[0]
+        of_rows, of_columns = weight.stride() if form != "linear" else weight.stride()[::-1]
+        ctx.column_major = of_rows == 1 and of_columns == weight.shape[1 if form == "linear" else 0]
         ctx.save_for_backward(inputs, weight if inputs.requires_grad else None)
         if form == "linear":
             return nn.functional.linear(inputs, weight, bias)
@@ -219,8 +234,12 @@ class _Product(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Any) -> Any:
-        (gradient,) = gradients
-        inputs, weight = ctx.saved_tensors
+        inputs, weight = ctx.saved_tensors  # may recompute
+        with torch._C.DisableTorchFunctionSubclass():
+            return _Product._gradients(ctx, gradients[0], inputs, weight)
+
+    @staticmethod
+    def _gradients(ctx: Any, gradient: Tensor, inputs: Tensor, weight: Tensor | None) -> Any:
         record = ctx.record
         rows = gradient.reshape(-1, gradient.shape[-1])
         flat = inputs.reshape(-1, inputs.shape[-1])
