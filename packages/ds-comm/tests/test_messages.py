@@ -461,3 +461,28 @@ def test_memory_that_runs_out_is_made_do_with(reserved_before: int) -> None:
 def test_no_memory_at_all_is_an_error_on_both_ends(reserved_before: int) -> None:
     for text, _ in run_ranks(memory_runs_out, 2, reserved_before, transport="shm", timeout=30):
         assert text.startswith("CommError: send big") and "none left" in text and "enlarge /dev/shm" in text
+
+
+def one_is_kept(num: int) -> int:
+    """A block that stays with the receiver for ever does not keep the others from their way."""
+    comm = ds_comm.communicator()
+    if comm.rank == 0:
+        channel = comm.channel(1)
+        for i in range(num):
+            packet = channel.packet(8)
+            packet.data.view(torch.int64).fill_(i)
+            packet.send().wait()
+        return num
+    channel, kept, total = comm.channel(0), [], 0
+    for i in range(num):
+        receipt = channel.receive(8)
+        receipt.wait()
+        total += int(receipt.data.view(torch.int64)) == i
+        if i % 50 == 7:
+            kept.append((i, receipt.data))
+    assert all(int(data.view(torch.int64)) == i for i, data in kept)
+    return total
+
+
+def test_a_block_that_is_kept_for_ever() -> None:
+    assert run_ranks(one_is_kept, 2, 2000, transport="shm", timeout=30) == [2000, 2000]

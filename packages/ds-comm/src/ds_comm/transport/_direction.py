@@ -1,19 +1,21 @@
 """One direction of messages between two ranks: what both map, the sender's end (`Outlet`) and the receiver's (`Inlet`).
 
 Vocabulary
-  record  says what a block holds: tag, dtype, the message's bytes, which of them. The sender numbers and fills records
-          in a ring; the receiver reads them in order and acknowledges each by writing its number.
-  block   bytes of one record; a message is one block, or several where it is long.
-  lend    hand a block to the receiver's caller as a tensor: acknowledged once that tensor's storage is dead.
+  record  says what a block holds: tag, dtype, the message's bytes, which of them. The sender fills records in a ring,
+          the receiver takes them out in order, at once.
+  block   bytes of one record; a message is one block, or several where it is long. The receiver returns blocks in any
+          order, by their offsets in a second ring.
+  lend    hand a block to the receiver's caller as a tensor: returned once that tensor's storage is dead.
   spill   copy what nobody has asked for yet to private memory, so that a sender without room can go on.
 
-Layout: two words on lines of their own (HEAD: records published; STALLED: 1 while the sender has no room), the ring,
-then `capacity` bytes for blocks. Pages are reserved by the sender as it first uses them.
+Layout: five words on lines of their own (HEAD: records published, COLLECTED: returns seen, STALLED: 1 while there is no
+room, by the sender; TAKEN: records read, RETURNED: blocks returned, by the receiver), the two rings, then `capacity`
+bytes for blocks. Pages are reserved by the sender as it first uses them.
 
 Invariants
-  - A record is read only below HEAD; a record and its block are used again only when acknowledged.
-  - At most half of the blocks' bytes and half of the records are lent, so messages always get through.
-  - Nothing here waits. A lease may end in any thread: it is only noted there, and acknowledged at the next `pump`.
+  - A record is used again only once it is taken, a block once it is returned.
+  - At most half of the blocks' bytes and `_LEASES` blocks are lent, so messages always get through.
+  - Nothing here waits. A lease may end in any thread: it is only noted there, and returned at the next `pump`.
 """
 
 from __future__ import annotations
@@ -23,8 +25,6 @@ import struct
 import weakref
 import zlib
 from collections import deque
-from collections.abc import Callable
-from itertools import islice
 from time import perf_counter
 from typing import Any, Protocol
 
@@ -34,11 +34,15 @@ from torch import Tensor
 from ds_comm.transport._control import LINE, fence
 from ds_comm.transport._segment import PAGE, NoSpaceError, Segment, round_up
 
+_HEAD, _STALLED, _COLLECTED, _TAKEN, _RETURNED = (line * LINE // 8 for line in range(5))
 _RING = 256
 _RECORD = struct.Struct("<qqqqqq")
-_DONE = LINE // 2
-_RECORDS_AT = 2 * LINE
-BLOCKS_AT = round_up(_RECORDS_AT + _RING * LINE, PAGE)
+_RECORD_NBYTES = 64
+_RECORDS_AT = 5 * LINE
+_RETURNS_AT = _RECORDS_AT + _RING * _RECORD_NBYTES
+_RETURNS = _RETURNS_AT // 8
+BLOCKS_AT = round_up(_RETURNS_AT + _RING * 8, PAGE)
+_LEASES = 128
 _ALIGNMENT = 64
 _RESERVE_NBYTES = 1 << 18
 
@@ -58,10 +62,10 @@ def dtype_name(code: int) -> str:
 class Piece:
     """A record as the receiver read it; ``spilled`` holds its bytes once they were copied out."""
 
-    __slots__ = ("code", "nbytes", "number", "offset", "spilled", "start", "tag", "total")
+    __slots__ = ("code", "nbytes", "offset", "spilled", "start", "tag", "total")
 
-    def __init__(self, number: int, tag: int, code: int, total: int, start: int, nbytes: int, offset: int) -> None:
-        self.number, self.tag, self.code = number, tag, code
+    def __init__(self, tag: int, code: int, total: int, start: int, nbytes: int, offset: int) -> None:
+        self.tag, self.code = tag, code
         self.total, self.start, self.nbytes, self.offset = total, start, nbytes, offset
         self.spilled: Tensor | None = None
 
@@ -89,8 +93,8 @@ class Outlet:
         self.array = self.memory.numpy()
         self._head = 0
         self._open = 0  # blocks allocated and not yet published
+        self._collected = 0
         self._used: dict[int, int] = {}  # offset -> bytes
-        self._unacknowledged: dict[int, int] = {}  # number -> offset, in order
         self._free: dict[int, list[int]] = {}  # bytes -> offsets, all below `_top`
         self._top = 0
 
@@ -99,12 +103,9 @@ class Outlet:
 
         NoSpaceError where the host has no shared memory left and nothing is under way that would give some back.
         """
-        if self._unacknowledged:
-            self._reclaim(8)
-            if self._ring_is_full():
-                self._reclaim(_RING)
-                if self._ring_is_full():
-                    return None
+        self._collect()
+        if self._head + self._open - self._words[_TAKEN] >= _RING:
+            return None
         need = round_up(nbytes, _ALIGNMENT if nbytes <= PAGE else PAGE) or _ALIGNMENT
         spare = self._free.get(need)
         if spare:
@@ -121,12 +122,17 @@ class Outlet:
         self._open += 1
         return offset
 
+    @property
+    def num_used(self) -> int:
+        """Blocks that the receiver has not returned."""
+        return len(self._used)
+
     def keeps_up(self, num: int, seconds: float) -> bool:
-        """Whether at most ``num`` blocks are unacknowledged, after waiting for that for so long; takes them back."""
+        """Whether no more than ``num`` blocks are in use, after waiting for that for so long."""
         deadline = 0.0
         while True:
-            self._reclaim(_RING)
-            if len(self._unacknowledged) <= num:
+            self._collect()
+            if len(self._used) <= num:
                 return True
             now = perf_counter()
             deadline = deadline or now + seconds
@@ -137,36 +143,36 @@ class Outlet:
     def publish(self, tag: int, code: int, total: int, start: int, nbytes: int, offset: int) -> None:
         """Let the receiver see the block at ``offset``: ``nbytes`` from byte ``start`` of a message of ``total``."""
         number = self._head
-        _RECORD.pack_into(self._raw, _RECORDS_AT + number % _RING * LINE, tag, code, total, start, nbytes, offset)
-        self._unacknowledged[number] = offset
+        at = _RECORDS_AT + number % _RING * _RECORD_NBYTES
+        _RECORD.pack_into(self._raw, at, tag, code, total, start, nbytes, offset)
         self._open -= 1
         self._head = number + 1
         fence()
-        self._words[0] = number + 1
+        self._words[_HEAD] = number + 1
 
     def stall(self, stalled: bool) -> None:
-        self._words[LINE // 8] = stalled
+        self._words[_STALLED] = stalled
 
     def close(self) -> None:
         self._words.release()
         self._raw.release()
 
-    def _ring_is_full(self) -> bool:
-        oldest = next(iter(self._unacknowledged), self._head)
-        return self._head + self._open - oldest >= _RING
-
-    def _reclaim(self, limit: int) -> None:
-        """Take back the blocks of acknowledged records, among the oldest ``limit``."""
-        words = self._words
-        for number in list(islice(self._unacknowledged, limit)):
-            if words[(_RECORDS_AT + number % _RING * LINE + _DONE) // 8] == number + 1:
-                offset = self._unacknowledged.pop(number)
-                self._free.setdefault(self._used.pop(offset), []).append(offset)
+    def _collect(self) -> None:
+        """Take back the blocks that were returned."""
+        words, first = self._words, self._collected
+        returned = words[_RETURNED]
+        if returned == first:
+            return
         fence()
+        for number in range(first, returned):
+            offset = words[_RETURNS + number % _RING]
+            self._free.setdefault(self._used.pop(offset), []).append(offset)
+        self._collected = returned
+        fence()
+        words[_COLLECTED] = returned
 
     def _gap(self, need: int) -> int | None:
         """First fit between the blocks in use, where no spare block fits and the end is reached."""
-        self._reclaim(_RING)
         self._free.clear()
         at = 0
         for offset in sorted(self._used):
@@ -181,19 +187,20 @@ class Outlet:
 
     def _reserve(self, stop: int) -> bool:
         """Whether blocks may reach to ``stop``."""
+        if stop <= self._reserved:
+            return True
         if stop > self.capacity:
             return False
-        if stop > self._reserved:
-            start = self._at + BLOCKS_AT
-            target = min(self.capacity, round_up(stop, _RESERVE_NBYTES))
-            try:
-                self._segment.reserve(start + self._reserved, start + target)
-            except NoSpaceError:
-                if not self._reserved:
-                    raise
-                self.capacity = self._reserved
-                return False
-            self._reserved = target
+        start = self._at + BLOCKS_AT
+        target = min(self.capacity, round_up(stop, _RESERVE_NBYTES))
+        try:
+            self._segment.reserve(start + self._reserved, start + target)
+        except NoSpaceError:
+            if not self._reserved:
+                raise
+            self.capacity = self._reserved
+            return False
+        self._reserved = target
         return True
 
 
@@ -211,21 +218,30 @@ class Inlet:
         self._leases: dict[int, tuple[weakref.ref[object], int]] = {}
         self._ended: deque[int] = deque()
         self._lent = 0
+        self._backlog: deque[int] = deque()  # blocks to be returned, for which the ring has had no room
+        self._returned = 0
 
     def pump(self) -> None:
         """Hand what has arrived to those who wait for it, in order; keep the rest."""
         while self._ended:
-            number = self._ended.popleft()
-            self._lent -= self._leases.pop(number)[1]
-            self._acknowledge(number)
-        head = self._words[0]
-        if head == self._seen:
+            offset = self._ended.popleft()
+            self._lent -= self._leases.pop(offset)[1]
+            self._return(offset)
+        if self._backlog:
+            self._return(self._backlog.popleft())
+        words, seen = self._words, self._seen
+        head = words[_HEAD]
+        if head == seen:
             return
         fence()
-        while self._seen < head:
-            number = self._seen
-            self._seen = number + 1
-            piece = Piece(number, *_RECORD.unpack_from(self._raw, _RECORDS_AT + number % _RING * LINE))
+        pieces = [
+            Piece(*_RECORD.unpack_from(self._raw, _RECORDS_AT + number % _RING * _RECORD_NBYTES))
+            for number in range(seen, head)
+        ]
+        self._seen = head
+        fence()
+        words[_TAKEN] = head
+        for piece in pieces:
             queue = self._waiting.get(piece.tag)
             if queue:
                 taker = queue[0]
@@ -237,13 +253,16 @@ class Inlet:
 
     def expect(self, tag: int, taker: Taker) -> None:
         """Give the tag's next message to ``taker``, after those who asked for it before."""
-        queue = self._waiting.setdefault(tag, deque())
+        queue = self._waiting.get(tag)
         arrived = self._arrived.get(tag)
-        if not queue and arrived:
+        if arrived and not queue:
             while arrived and not taker.finished:
                 taker.take(arrived.popleft())
-        if not taker.finished:
-            queue.append(taker)
+            if taker.finished:
+                return
+        if queue is None:
+            queue = self._waiting[tag] = deque()
+        queue.append(taker)
 
     def has(self, tag: int) -> bool:
         """Whether a message of the tag has begun to arrive that nobody has asked for."""
@@ -251,13 +270,13 @@ class Inlet:
 
     def spill(self) -> None:
         """If the sender has no room: copy out what nobody has asked for."""
-        if not self._words[LINE // 8]:
+        if not self._words[_STALLED]:
             return
         for pieces in self._arrived.values():
             for piece in pieces:
                 if piece.spilled is None:
                     piece.spilled = torch.from_numpy(self._array[piece.offset : piece.offset + piece.nbytes].copy())
-                    self._acknowledge(piece.number)
+                    self._return(piece.offset)
 
     def copy(self, piece: Piece, target: Any) -> None:
         """The piece's bytes into ``target`` (a numpy array, uint8 [nbytes]); its block goes back."""
@@ -265,28 +284,34 @@ class Inlet:
             target[:] = piece.spilled.numpy()
             return
         target[:] = self._array[piece.offset : piece.offset + piece.nbytes]
-        self._acknowledge(piece.number)
+        self._return(piece.offset)
 
     def lend(self, piece: Piece) -> Tensor | None:
         """The piece as a tensor (uint8 [nbytes]) in shared memory; None where that much is lent already."""
         if piece.spilled is not None:
             return piece.spilled
-        if self._lent + piece.nbytes > self._capacity // 2 or len(self._leases) >= _RING // 2:
+        offset, nbytes = piece.offset, piece.nbytes
+        if self._lent + nbytes > self._capacity // 2 or len(self._leases) >= _LEASES:
             return None
-        array = self._array[piece.offset : piece.offset + piece.nbytes]
-        tensor = torch.from_numpy(array)  # its storage keeps `array` alive, and `array` alone ends the lease
-        self._leases[piece.number] = (weakref.ref(array, self._note(piece.number)), piece.nbytes)
-        self._lent += piece.nbytes
-        return tensor
+        array = self._array[offset : offset + nbytes]
+        ended = self._ended
+        self._leases[offset] = (weakref.ref(array, lambda _: ended.append(offset)), nbytes)
+        self._lent += nbytes
+        return torch.from_numpy(array)  # its storage keeps `array` alive, and `array` alone ends the lease
 
     def close(self) -> None:
         self._words.release()
         self._raw.release()
 
-    def _note(self, number: int) -> Callable[[object], None]:
-        ended = self._ended
-        return lambda _: ended.append(number)
-
-    def _acknowledge(self, number: int) -> None:
-        fence()
-        self._words[(_RECORDS_AT + number % _RING * LINE + _DONE) // 8] = number + 1
+    def _return(self, offset: int) -> None:
+        """Give a block back; kept for later where the sender has not collected a ring of them."""
+        self._backlog.append(offset)
+        words, first = self._words, self._returned
+        room = _RING - (first - words[_COLLECTED])
+        while room and self._backlog:
+            words[_RETURNS + self._returned % _RING] = self._backlog.popleft()
+            self._returned += 1
+            room -= 1
+        if self._returned != first:
+            fence()
+            words[_RETURNED] = self._returned

@@ -172,10 +172,10 @@ class Messages(Messenger):
         """As many pieces of ``work`` as there is room for."""
         outlet = self._outlet(work.peer, work.entry)
         flat, total = work.flat, work.total
-        paced = total > _PACE_PIECES * _PIECE_NBYTES
+        paced, ahead = total > _PACE_PIECES * _PIECE_NBYTES, outlet.num_used + _PACE_PIECES
         while not work.finished:
             nbytes = min(total - work.moved, _PIECE_NBYTES, outlet.capacity // 4)
-            paced = paced and outlet.keeps_up(_PACE_PIECES, _PACE_SECONDS)
+            paced = paced and outlet.keeps_up(ahead, _PACE_SECONDS)
             offset = self._allocate(work.peer, nbytes, work.entry)
             if offset is None:  # lent blocks may leave no gap of this size, but always one of this
                 nbytes = min(nbytes, outlet.capacity // 512)
