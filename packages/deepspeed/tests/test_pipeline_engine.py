@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
@@ -12,12 +13,24 @@ from ds_comm.testing import run_ranks
 STEPS, NUM = 3, 4
 
 
-def both(layers: str, stage: int, dtype: str, **changes: Any) -> None:
-    """Two stages x two replicas against two ranks without a pipeline."""
-    config = make_config(stage, dtype, NUM, **changes)
-    pipelined = run_ranks(train_pipeline, 4, layers, config, STEPS)
-    unsplit = run_ranks(train_unsplit, 2, layers, config, STEPS)
+CHUNKS = {
+    "1f1b": {},
+    "gpipe": {},
+    "zb_h1": {},
+    "interleaved": {"num_chunks": 2},
+    "zb_v": {"num_chunks": 2, "placement": "v"},
+}
+
+
+def both(
+    layers: str, stage: int, dtype: str, schedule: str = "1f1b", steps: int = STEPS, **changes: Any
+) -> list[float]:
+    """Two stages x two replicas against two ranks without a pipeline; the gradient norms."""
+    config = make_config(stage, dtype, NUM, pipeline={"schedule": schedule}, **changes)
+    pipelined = run_ranks(train_pipeline, 4, layers, config, steps, 2, CHUNKS[schedule])
+    unsplit = run_ranks(train_unsplit, 2, layers, config, steps)
     check_equal(pipelined, unsplit[0])
+    return unsplit[0][1]
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
@@ -25,3 +38,32 @@ def both(layers: str, stage: int, dtype: str, **changes: Any) -> None:
 @pytest.mark.parametrize("layers", ["plain", "tied"])
 def test_two_stages_on_two_replicas_equal_two_ranks(layers: str, stage: int, dtype: str) -> None:
     both(layers, stage, dtype)
+
+
+@pytest.mark.parametrize(
+    ("layers", "stage", "dtype"), [("tied", 0, "bf16"), ("tied", 3, "bf16"), ("tied", 2, "fp32"), ("plain", 3, "fp32")]
+)
+@pytest.mark.parametrize("schedule", ["gpipe", "zb_h1", "interleaved", "zb_v"])
+def test_every_schedule(schedule: str, layers: str, stage: int, dtype: str) -> None:
+    both(layers, stage, dtype, schedule)
+
+
+@pytest.mark.parametrize("stage", [0, 3])
+@pytest.mark.parametrize("layers", ["plain", "tied"])
+def test_fp16_scales_skips_and_grows_alike(layers: str, stage: int) -> None:
+    """A scale that overflows at first: steps are skipped on all stages, and the scale falls and grows on all."""
+    scaling = {"enabled": True, "initial_scale_power": 19, "loss_scale_window": 2, "hysteresis": 1}
+    finite = [math.isfinite(norm) for norm in both(layers, stage, "fp16", steps=8, fp16=scaling)]
+    assert not finite[0] and True in finite and False in finite[finite.index(True) :]
+
+
+@pytest.mark.parametrize("stage", [0, 3])
+def test_a_stage_that_trains_nothing(stage: int) -> None:
+    both("half_frozen", stage, "bf16")
+
+
+def test_three_stages_and_four() -> None:
+    config = make_config(1, "fp32", NUM)
+    unsplit = run_ranks(train_unsplit, 1, "tied", config, STEPS)[0]
+    for stages in (1, 3, 4):
+        check_equal(run_ranks(train_pipeline, stages, "tied", config, STEPS, stages), unsplit)

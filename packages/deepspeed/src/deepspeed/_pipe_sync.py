@@ -18,10 +18,11 @@ __all__ = ["ZeroSync"]
 
 
 class ZeroSync:
-    """The gradients of one stage, kept by `optimizer` at any ZeRO stage."""
+    """The gradients of one stage of `num_chunks` chunks, kept by `optimizer` at any ZeRO stage."""
 
-    def __init__(self, optimizer: ds_zero.ZeroOptimizer) -> None:
+    def __init__(self, optimizer: ds_zero.ZeroOptimizer, num_chunks: int) -> None:
         self._optimizer = optimizer
+        self._has_lanes = num_chunks > 1
 
     def begin_batch(self, num_micro_batches: int) -> None:
         self._optimizer.reducer.announce(num_micro_batches)
@@ -31,6 +32,10 @@ class ZeroSync:
 
     def whole(self, parameters: Sequence[nn.Parameter]) -> AbstractContextManager[object]:
         return ds_zero.gathered_units(parameters)
+
+    def end_chunk(self, chunk: int, micro_batch: int) -> None:
+        if self._has_lanes:
+            self._optimizer.reducer.end_lane(chunk)
 
     def end_micro_batch(self, micro_batch: int) -> None:
         self._optimizer.end_backward(force=True)

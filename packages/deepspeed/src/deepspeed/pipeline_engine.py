@@ -11,6 +11,7 @@ Vocabulary: a *micro-batch* of a pipeline is what the plain engine calls a micro
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -70,7 +71,8 @@ class PipelineEngine(DeepSpeedEngine):
         """This stage as part of the model; each layer with children (a transformer block) is gathered as a whole."""
         module = self._pipeline
         others = [p for _, p, stages in module.tied_parameters() if stages[0] != module.stage_id]
-        part = ds_zero.ModelPart(ds_comm.communicator(module.group), others)
+        lanes = [chunk.parameters() for chunk in module.chunks] if module.num_chunks > 1 else []
+        part = ds_zero.ModelPart(ds_comm.communicator(module.group), others, lanes)
         blocks = [name for name, child in module.named_children() if name.isdigit() and any(child.children())]
         return {"part": part, "units": blocks or None}
 
@@ -84,7 +86,8 @@ class PipelineEngine(DeepSpeedEngine):
 
     def _make_runner(self) -> ds_pipe.Pipeline:
         """The executor for the present number of micro-batches; collective."""
-        sync = ZeroSync(self.optimizer) if isinstance(self.optimizer, ds_zero.ZeroOptimizer) else None
+        trains = isinstance(self.optimizer, ds_zero.ZeroOptimizer)
+        sync = ZeroSync(self.optimizer, self._pipeline.num_chunks) if trains else None
         return ds_pipe.pipeline(
             self.module,
             schedule=_schedule(self._config.pipeline.schedule, self._pipeline, self.micro_batches),
@@ -117,7 +120,8 @@ class PipelineEngine(DeepSpeedEngine):
         self.module.train()
         self.tput_timer.start()
         self.timers(TRAIN_BATCH).start()
-        loss = self._over_replicas(self._runner.train_batch(self._micro_batches()))
+        with self._failing_together():
+            loss = _mean_over(self.data_parallel_group, self._runner.train_batch(self._micro_batches()))
         self.timers(TRAIN_BATCH).stop()
         self.callbacks.after_backward(self, loss)
         self.timers(STEP).start()
@@ -147,17 +151,18 @@ class PipelineEngine(DeepSpeedEngine):
                 replica.
             bcast_loss: False leaves the loss on the stage of the last layers, None elsewhere.
         """
-        result = self._runner.eval_batch(
-            self._micro_batches(data_iter),
-            return_logits=return_logits,
-            compute_loss=compute_loss,
-            reduce_output=reduce_output,
-            bcast_loss=bcast_loss,
-            num_micro_batches=num_micro_batches,
-        )
-        loss, outputs = result if return_logits else (result, None)
-        if compute_loss and reduce_output is not None and loss is not None:
-            loss = self._over_replicas(loss)
+        with self._failing_together():
+            result = self._runner.eval_batch(
+                self._micro_batches(data_iter),
+                return_logits=return_logits,
+                compute_loss=compute_loss,
+                reduce_output=reduce_output,
+                bcast_loss=bcast_loss,
+                num_micro_batches=num_micro_batches,
+            )
+            loss, outputs = result if return_logits else (result, None)
+            if compute_loss and reduce_output is not None and loss is not None:
+                loss = _mean_over(self.data_parallel_group, loss)
         return (loss, outputs) if return_logits else loss
 
     def inference_batch(self, inputs: Iterator[Any] | None, num_micro_batches: int | None = None) -> list[Any] | None:
@@ -166,15 +171,21 @@ class PipelineEngine(DeepSpeedEngine):
         `inputs` yields inputs without labels; only the stage of the first layers needs it.
         """
         moved = None if inputs is None else (_moved(batch, self.device) for batch in inputs)
-        return self._runner.inference(moved, num_micro_batches)
+        with self._failing_together():
+            return self._runner.inference(moved, num_micro_batches)
 
-    def _over_replicas(self, loss: Tensor) -> Tensor:
-        """The mean over the data-parallel ranks of this stage."""
-        if self.dp_world_size == 1:
-            return loss
-        total = loss.clone()
-        ds_comm.all_reduce(total, group=self.data_parallel_group, label="loss over replicas")
-        return total / self.dp_world_size
+    @contextlib.contextmanager
+    def _failing_together(self) -> Iterator[None]:
+        """A failure of one replica, of which its own stages know, is one of all: they wait for it in reductions."""
+        try:
+            yield
+        except (PipelineError, ds_comm.CommError) as error:
+            if self.dp_world_size > 1:
+                with contextlib.suppress(ds_comm.CommError):  # it may be what failed
+                    ds_comm.communicator(self.data_parallel_group).fail(ds_comm.CommError(str(error)))
+            if isinstance(error, PipelineError):
+                raise
+            raise PipelineError(str(error)) from error
 
     # -- data ----------------------------------------------------------------------------------------------------
 
@@ -252,6 +263,16 @@ class PipelineEngine(DeepSpeedEngine):
         raise PipelineError(_only("step"))
 
 
+def _mean_over(replicas: Any, loss: Tensor) -> Tensor:
+    """The mean over the ranks of a group."""
+    size = ds_comm.get_world_size(replicas)
+    if size == 1:
+        return loss
+    total = loss.clone()
+    ds_comm.all_reduce(total, group=replicas, label="loss over replicas")
+    return total / size
+
+
 def _only(what: str) -> str:
     return f"{what}() of a PipelineEngine: only train_batch() and eval_batch() are there, they run the whole schedule"
 
@@ -279,18 +300,12 @@ def _check_config(config: ResolvedConfig, module: PipelineModule, grid: ds_pipe.
 
 
 def _schedule(name: str, module: PipelineModule, num_micro_batches: int) -> ds_pipe.Schedule:
-    """The schedule called `name`; "auto": the one with the least simulated time that fits the module's chunks.
-
-    Only a module with one chunk per stage leaves a choice.
-    """
+    """The schedule called `name`; "auto": the one that fits the module's chunks, 1f1b for a single one."""
     stages, chunks = module.num_stages, module.num_chunks
-    if name == "auto" and chunks > 1:
-        name = "interleaved" if module.placement == tuple(range(stages)) * chunks else "zb_v"
-    if name != "auto":
-        return ds_pipe.build(name, stages, num_micro_batches, chunks if name == "interleaved" else None)
-    costs = ds_pipe.Costs.uniform(stages)
-    candidates = [ds_pipe.build(candidate, stages, num_micro_batches) for candidate in ("1f1b", "zb_h1")]
-    return min(candidates, key=lambda schedule: ds_pipe.simulate(schedule, costs).makespan)
+    if name == "auto":
+        loop = module.placement == tuple(range(stages)) * chunks
+        name = "1f1b" if chunks == 1 else "interleaved" if loop else "zb_v"
+    return ds_pipe.build(name, stages, num_micro_batches, chunks if name == "interleaved" else None)
 
 
 def _moved(value: Any, device: torch.device) -> Any:

@@ -12,7 +12,7 @@ order, when every chunk of the rank has delivered.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from time import perf_counter
 from typing import Any
@@ -31,16 +31,17 @@ from ds_pipe.schedule.action import Action
 from ds_pipe.schedule.lower import Op, Recv, Send, Transfer
 from ds_pipe.sync import GradientSync
 
-__all__ = ["LossFn", "Observer", "Run", "Stage"]
+__all__ = ["Around", "LossFn", "Observer", "Run", "Stage"]
 
 LossFn = Callable[[Any, Any], Tensor]
 Observer = Callable[[Action, float, float], object]
+Around = Callable[[Action, Any], AbstractContextManager[object]]
 
 
 @dataclass
 class Stage:
     """This rank's part of the model and what runs it; `virtuals` are its chunks' virtual stages, `splits` their I and W
-    (None: whole backwards)."""
+    (None: whole backwards); `around` is entered for each action, with its payload."""
 
     model: nn.Module
     virtuals: tuple[int, ...]
@@ -52,6 +53,7 @@ class Stage:
     splits: tuple[SplitBackward | None, ...]
     sync: GradientSync
     observers: list[Observer] = field(default_factory=list)
+    around: Around | None = None
 
     def call(self, inputs: Any, chunk: int, seeds: Seeds | None) -> Any:
         if isinstance(self.model, PipelineModule):
@@ -107,14 +109,17 @@ class Run:
                 channels.send(self._purpose(transfer), transfer.source, op.peer, self._outgoing.pop(transfer))
             else:
                 payload = self._payload(op)
-                if not stage.observers:
+                if stage.around is not None:
+                    with stage.around(op, payload):
+                        do[op.kind](op.micro_batch, op.chunk, payload)
+                elif stage.observers:
+                    start = self._now()
                     do[op.kind](op.micro_batch, op.chunk, payload)
-                    continue
-                start = self._now()
-                do[op.kind](op.micro_batch, op.chunk, payload)
-                end = self._now()
-                for observer in stage.observers:
-                    observer(op, start, end)
+                    end = self._now()
+                    for observer in stage.observers:
+                        observer(op, start, end)
+                else:
+                    do[op.kind](op.micro_batch, op.chunk, payload)
 
     def _now(self) -> float:
         if self._stage.device.type != "cpu":
@@ -180,7 +185,7 @@ class Run:
             if outputs:
                 torch.autograd.backward(outputs, gradients)
         self._pass_back(i, virtual, inputs, [tensor.grad for tensor in inputs])
-        self._end_chunk(i)
+        self._end_chunk(i, chunk)
 
     def _input_gradients(self, i: int, chunk: int, gradients: list[Tensor | None]) -> None:
         stage, virtual = self._stage, self._stage.virtuals[chunk]
@@ -197,14 +202,15 @@ class Run:
         assert split is not None
         with self._stage.sync.whole(split.parameters):
             split.accumulate(self._records.pop((i, chunk)))
-        self._end_chunk(i)
+        self._end_chunk(i, chunk)
 
     def _pass_back(self, i: int, virtual: int, inputs: list[Tensor], gradients: list[Tensor | None]) -> None:
         if virtual:
             found = [torch.zeros_like(t) if g is None else g for t, g in zip(inputs, gradients, strict=True)]
             self._outgoing[Transfer("gradient", i, virtual, virtual - 1)] = found
 
-    def _end_chunk(self, i: int) -> None:
+    def _end_chunk(self, i: int, chunk: int) -> None:
+        self._stage.sync.end_chunk(chunk, i)
         self._delivered[i] = self._delivered.get(i, 0) + 1
         while self._delivered.get(self._next_micro_batch) == len(self._stage.virtuals):
             del self._delivered[self._next_micro_batch]

@@ -5,7 +5,8 @@ and reduced over the replicas of the pipeline. `PlainSync`, the default, is `.gr
 engine brings one over ZeRO. Per train_batch the executor calls, in this order:
 
     begin_batch(num_micro_batches)
-    per micro-batch: scaled(loss) on the rank of the last virtual stage; the backwards; end_micro_batch(micro_batch)
+    per micro-batch: scaled(loss) on the rank of the last virtual stage; the backwards, each chunk's
+        ended by end_chunk(chunk, micro_batch); end_micro_batch(micro_batch)
     tied_sum(parameter) on the owner of a tied weight, set_tied_sum(parameter, total) on its other holders
 
 Invariants. Gradients reach a trainable parameter through its AccumulateGrad node, once per micro-batch in which it was
@@ -42,6 +43,9 @@ class GradientSync(Protocol):
     def whole(self, parameters: Sequence[nn.Parameter]) -> AbstractContextManager[object]:
         """Entered to deliver gradients outside of a backward pass: inside, `parameters` have their full shapes."""
 
+    def end_chunk(self, chunk: int, micro_batch: int) -> None:
+        """All gradients of one chunk for `micro_batch` are accumulated; ascending in each chunk, on replicas alike."""
+
     def end_micro_batch(self, micro_batch: int) -> None:
         """All gradients of this rank for `micro_batch` are accumulated; called in ascending order."""
 
@@ -66,6 +70,9 @@ class PlainSync:
 
     def whole(self, parameters: Sequence[nn.Parameter]) -> AbstractContextManager[object]:
         return nullcontext()
+
+    def end_chunk(self, chunk: int, micro_batch: int) -> None:
+        pass
 
     def end_micro_batch(self, micro_batch: int) -> None:
         pass

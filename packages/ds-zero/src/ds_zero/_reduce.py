@@ -5,6 +5,10 @@ reverse of the units, later the order in which rank 0 saw them complete. A unit 
 all units before it in the plan have been launched; what is left when the micro-batch ends is launched by `flush` with
 zeros for missing gradients. So the set and order of collectives depends on the plan alone, never on hooks that fire.
 
+Lanes
+    The chunks of a pipeline stage are at different micro-batches at a time. Each is a lane with units and a plan of its
+    own, whose micro-batches `end_lane` ends; without a pipeline there is one lane, which `flush` ends.
+
 Buckets
     A unit travels in one or more buckets of at most `reduce_bucket_size` elements, each one collective. A bucket is a
     range of columns of the unit's flat seen as a table with one row per shard (one row in all at stage 0), so what a
@@ -16,6 +20,7 @@ order: one rank that accumulates N micro-batches gives the same bits as N ranks 
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -62,22 +67,36 @@ class _KeepShard(Work):
             self._out.copy_(self._mine)
 
 
-class GradientReducer:
-    """Reduces the gradients of trainable units; owns the windows, the plan and the accumulators."""
+@dataclasses.dataclass(eq=False)
+class _Lane:
+    """Units that are at the same micro-batch. `plan[:turn]` have been launched in it; `started`: it has a gradient."""
 
-    def __init__(self, units: Sequence[Unit], comm: Communicator, config: ZeroConfig, *, shard_state: bool) -> None:
+    plan: list[Unit]
+    turn: int = 0
+    started: bool = False
+    observed: list[Unit] | None = dataclasses.field(default_factory=list)
+    """Units in the order in which the first micro-batch completes them; None afterwards."""
+
+
+class GradientReducer:
+    """Reduces the gradients of trainable units; owns the windows, the plans and the accumulators.
+
+    `units` are those of each lane.
+    """
+
+    def __init__(
+        self, units: Sequence[Sequence[Unit]], comm: Communicator, config: ZeroConfig, *, shard_state: bool
+    ) -> None:
         self.comm = comm
         self.config = config
         self.shard_state = shard_state
-        self.plan: list[Unit] = list(reversed(units))
+        self._lanes = [_Lane(list(reversed(members))) for members in units]
+        self._lane_of = {unit: lane for lane in self._lanes for unit in lane.plan}
         self.micro_batches = 0
         """Reduced since the last boundary."""
         self.divisor = config.gradient_accumulation_steps
         """Accumulation steps that the mean divides by."""
         self._accumulates = config.gradient_accumulation_steps > 1
-        self._turn = 0
-        self._started = False
-        self._observed: list[Unit] | None = []
         self._ring = WindowRing(comm, SHM_DEPTH if comm.kind == "shm" else 2)
         self._memory = self._gradient_memory()
 
@@ -93,55 +112,73 @@ class GradientReducer:
         self.divisor = num_micro_batches
         self._accumulates = num_micro_batches > 1
 
+    @property
+    def plan(self) -> list[Unit]:
+        """All units, in the order of reduction within each lane."""
+        return [unit for lane in self._lanes for unit in lane.plan]
+
     def arrived(self, unit: Unit, slot: int) -> None:
         """Autograd finished the gradient of one parameter."""
-        self._started = True
+        lane = self._lane_of[unit]
+        lane.started = True
         unit.arrived.add(slot)
         if not unit.complete:
             return
-        if self._observed is not None and unit not in self._observed:
-            self._observed.append(unit)
-        while self._turn < len(self.plan) and self.plan[self._turn].complete:
-            self._launch(self.plan[self._turn])
-            self._turn += 1
+        if lane.observed is not None and unit not in lane.observed:
+            lane.observed.append(unit)
+        while lane.turn < len(lane.plan) and lane.plan[lane.turn].complete:
+            self._launch(lane.plan[lane.turn])
+            lane.turn += 1
         if self.config.overlap_comm is not False:
             self._ring.poll()
 
     def flush(self, force: bool = False, kept: bool = False) -> None:
-        """End the micro-batch: launch what is left, wait for everything. Nothing to do without a backward."""
-        if not self._started and not force:
-            return
-        if not self.config.ignore_unused_parameters and not kept:
-            self._refuse_unused()
-        self._launch_rest()
-        self._learn_plan()
+        """End the micro-batch: launch what is left, wait for everything. Nothing to do without a backward.
 
-    def _launch_rest(self) -> None:
-        while self._turn < len(self.plan):
-            self._launch(self.plan[self._turn])
-            self._turn += 1
-        for unit in self.plan:  # a parameter that got a second gradient after its unit was launched
+        With several lanes each has been ended already, and the micro-batch is only counted.
+        """
+        if len(self._lanes) == 1:
+            if not force and not self._lanes[0].started:
+                return
+            self.end_lane(0, kept=kept)
+        elif not force:
+            return
+        self.micro_batches += 1
+
+    def end_lane(self, index: int, *, kept: bool = False) -> None:
+        """End the micro-batch of one lane: launch what is left of it, wait for everything."""
+        lane = self._lanes[index]
+        if not self.config.ignore_unused_parameters and not kept:
+            self._refuse_unused(lane)
+        self._launch_rest(lane)
+        self._learn_plan(lane)
+
+    def _launch_rest(self, lane: _Lane) -> None:
+        while lane.turn < len(lane.plan):
+            self._launch(lane.plan[lane.turn])
+            lane.turn += 1
+        for unit in lane.plan:  # a parameter that got a second gradient after its unit was launched
             if unit.arrived:
                 self._launch(unit)
         self._ring.drain()
-        self._turn = 0
-        self._started = False
-        self.micro_batches += 1
+        lane.turn = 0
+        lane.started = False
 
     def keep_local(self) -> None:
         """End a micro-batch under `no_sync`: add it to the unreduced fp32 sums."""
-        if self._turn:
+        if any(lane.turn for lane in self._lanes):
             raise ZeroStateError(
                 "no_sync was entered after part of this backward had been reduced; enter it before backward"
             )
         for unit in self.plan:
             unit.collect_local()
-        self._started = False
+        for lane in self._lanes:
+            lane.started = False
 
-    def _refuse_unused(self) -> None:
+    def _refuse_unused(self, lane: _Lane) -> None:
         unused = [
             slot.name
-            for unit in self.plan[self._turn :]
+            for unit in lane.plan[lane.turn :]
             for index, slot in enumerate(unit.layout.slots)
             if index not in unit.arrived
         ]
@@ -220,17 +257,17 @@ class GradientReducer:
     def _buffer_dtype(self, unit: Unit) -> torch.dtype:
         return torch.float32 if self._accumulates else self.gradient_dtype(unit)
 
-    def _learn_plan(self) -> None:
+    def _learn_plan(self, lane: _Lane) -> None:
         """After the first micro-batch: reduce in the order in which rank 0 saw the units complete."""
-        if self._observed is None or not self.plan:
+        if lane.observed is None or not lane.plan:
             return
-        order = dict.fromkeys(self._observed)
-        order.update(dict.fromkeys(self.plan))
-        position = {unit.layout.index: unit for unit in self.plan}
-        indices = torch.tensor([unit.layout.index for unit in order], dtype=torch.int64, device=self.plan[0].device)
+        order = dict.fromkeys(lane.observed)
+        order.update(dict.fromkeys(lane.plan))
+        position = {unit.layout.index: unit for unit in lane.plan}
+        indices = torch.tensor([unit.layout.index for unit in order], dtype=torch.int64, device=lane.plan[0].device)
         self.comm.broadcast(indices, 0, label="reduction order")
-        self.plan = [position[index] for index in indices.tolist()]
-        self._observed = None
+        lane.plan = [position[index] for index in indices.tolist()]
+        lane.observed = None
 
     # -- the boundary ------------------------------------------------------------------------------------------
 
@@ -260,8 +297,10 @@ class GradientReducer:
 
     def clear(self) -> None:
         """Forget all gradients. A backward that was not ended is ended first: other ranks may be further in it."""
-        if self._started:
-            self._launch_rest()
+        for lane in self._lanes:
+            if lane.started:
+                self._launch_rest(lane)
+            lane.turn = 0
         self._ring.drain()
         for unit in self.plan:
             unit.grad_kind = GradKind.EMPTY
@@ -270,8 +309,6 @@ class GradientReducer:
             unit.arrived.clear()
         self._memory = self._gradient_memory()
         self.micro_batches = 0
-        self._turn = 0
-        self._started = False
 
     def close(self) -> None:
         """Give the windows back."""

@@ -57,6 +57,8 @@ class ParamSpec:
     trainable: bool
     group: int = FROZEN
     aliases: tuple[str, ...] = ()
+    lane: int = 0
+    """Parameters of different lanes share no unit (their gradients arrive at different times)."""
 
     @property
     def numel(self) -> int:
@@ -224,6 +226,10 @@ def _cut(name: str, specs: Sequence[ParamSpec], num_shards: int, index: int, per
     return UnitLayout(name, index, tuple(slots), specs[0].dtype, specs[0].trainable, num_shards, persistent)
 
 
+def _kind_name(dtype: str, trainable: bool, lane: int) -> str:
+    return f"#{dtype}{'' if trainable else '.frozen'}{f'.lane{lane}' if lane else ''}"
+
+
 def plan_shard_map(
     blocks: Iterable[tuple[str, Sequence[ParamSpec]]],
     *,
@@ -246,29 +252,27 @@ def plan_shard_map(
     if num_shards < 1:
         raise LayoutError(f"num_shards is {num_shards}; expected at least 1")
     planned: list[tuple[str, list[ParamSpec], bool]] = []
-    small: dict[tuple[str, bool], list[ParamSpec]] = {}
+    small: dict[tuple[str, bool, int], list[ParamSpec]] = {}
     seen: dict[str, str] = {}
     budget = math.inf if persistence_total is None else persistence_total
     for block, specs in blocks:
-        split: dict[tuple[str, bool], list[ParamSpec]] = {}
+        split: dict[tuple[str, bool, int], list[ParamSpec]] = {}
         for spec in specs:
             if spec.name in seen:
                 raise LayoutError(
                     f"parameter {spec.name!r} is in unit {seen[spec.name]!r} and in unit {block!r}; name it once"
                 )
             seen[spec.name] = block
-            key = (spec.dtype, spec.trainable)
+            key = (spec.dtype, spec.trainable, spec.lane)
             if spec.numel <= persistence_threshold and spec.numel <= budget:
                 budget -= spec.numel
                 small.setdefault(key, []).append(spec)
             else:
                 split.setdefault(key, []).append(spec)
-        for position, ((dtype, trainable), members) in enumerate(split.items()):
-            suffix = "" if position == 0 else f"#{dtype}{'' if trainable else '.frozen'}"
+        for position, (kind, members) in enumerate(split.items()):
+            suffix = "" if position == 0 else _kind_name(*kind)
             planned.append((block + suffix, members, False))
-    for dtype, trainable in small:
-        name = f"persistent#{dtype}{'' if trainable else '.frozen'}"
-        planned.append((name, small[dtype, trainable], True))
+    planned += [(f"persistent{_kind_name(*kind)}", members, True) for kind, members in small.items()]
     if not planned:
         raise LayoutError("the model has no parameters; expected at least one nn.Parameter")
     units = tuple(_cut(name, specs, num_shards, i, keep) for i, (name, specs, keep) in enumerate(planned))

@@ -50,7 +50,7 @@ class ZeroOptimizer(Optimizer):
         self.config: ZeroConfig = sharded.config
         self.comm = sharded.comm
         self.reducer = GradientReducer(
-            sharded.trainable,
+            sharded.lanes(),
             self.comm,
             self.config,
             shard_state=sharded.parts.state,

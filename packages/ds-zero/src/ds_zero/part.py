@@ -31,7 +31,15 @@ class ModelPart:
     Attributes:
         comm: over one rank of each part, in the order of the parts; every rank of a part has such a group of its own.
         duplicates: parameters here that another part counts in the norm and saves.
+        lanes: the parameters of each chunk of this part, if it has several, whose gradients arrive at different times:
+            each chunk's micro-batches are ended by `ZeroOptimizer.reducer.end_lane(chunk)`. A parameter of several
+            chunks arrives with the first of them.
     """
 
     comm: Communicator
     duplicates: Sequence[nn.Parameter] = ()
+    lanes: Sequence[Sequence[nn.Parameter]] = ()
+
+    def lane_of(self, parameter: nn.Parameter) -> int:
+        """The number of the first lane that has it (0 without lanes)."""
+        return next((at for at, lane in enumerate(self.lanes) if any(parameter is p for p in lane)), 0)

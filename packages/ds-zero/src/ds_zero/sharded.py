@@ -201,7 +201,16 @@ class ShardedModel:
             parameter.requires_grad and dtype.is_floating_point and (group != FROZEN or not groups),
             group,
             tuple(names[1:]),
+            0 if self.model_part is None else self.model_part.lane_of(parameter),
         )
+
+    def lanes(self) -> list[list[Unit]]:
+        """The trainable units of each lane (`ModelPart`); one lane of all where there is no part."""
+        part = self.model_part
+        found: list[list[Unit]] = [[] for _ in range(max(1, len(part.lanes) if part else 1))]
+        for unit in self.trainable:
+            found[part.lane_of(unit.parameters[0]) if part else 0].append(unit)
+        return found
 
     def _equalise(self, model: nn.Module) -> None:
         """Give every rank rank 0's initial values, unless all ranks hold the same already (a hash tells)."""

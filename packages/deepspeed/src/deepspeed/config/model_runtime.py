@@ -44,9 +44,9 @@ class ActivationCheckpointing(Section):
 class Pipeline(Section):
     """Training of a `PipelineModule`."""
 
-    schedule: Literal["1f1b", "gpipe", "interleaved", "zb_h1", "zb_v", "auto"] = "1f1b"
-    """Order of forwards and backwards. interleaved and zb_v need a PipelineModule with several chunks per stage; auto
-    takes the fastest in simulation that fits the module."""
+    schedule: Literal["auto", "1f1b", "gpipe", "interleaved", "zb_h1", "zb_v"] = "auto"
+    """Order of forwards and backwards. auto: 1f1b, or for a PipelineModule with several chunks per stage the one that
+    fits them, interleaved or zb_v."""
     stages: Literal["auto"] | Positive = "auto"
     """Number of pipeline stages; an error if the PipelineModule has another."""
     partition: str = "best"
