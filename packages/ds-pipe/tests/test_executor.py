@@ -144,6 +144,71 @@ def test_evaluation() -> None:
     assert run_ranks(evaluate, 2) == [(first.item(), again.item(), True, False)] * 2
 
 
+def ways_to_evaluate(schedule: str) -> dict[str, Any]:
+    placed: dict[str, Any] = {"zb_v": {"num_chunks": 2, "placement": "v"}, "interleaved": {"num_chunks": 2}}
+    module = PipelineModule(MODELS["everything"](), loss_fn=loss_fn, seed_layers=True, **placed.get(schedule, {}))
+    pipe = pipeline(module, schedule=schedule, num_micro_batches=4)
+    data = batches("everything", 3)
+    unlabelled = [(tokens, None) for tokens, _ in data]
+    return {
+        "last": pipe.is_last_stage,
+        "default": pipe.eval_batch(iter(data), num_micro_batches=3),
+        "single": pipe.eval_batch(iter(data), reduce_output=None, num_micro_batches=3),
+        "here": pipe.eval_batch(iter(data), bcast_loss=False, num_micro_batches=3),
+        "pair": pipe.eval_batch(iter(data), return_logits=True, num_micro_batches=3),
+        "outputs": pipe.eval_batch(iter(unlabelled), compute_loss=False, reduce_output=None, num_micro_batches=3),
+        "mean": pipe.eval_batch(iter(unlabelled), compute_loss=False, num_micro_batches=3),
+        "inference": pipe.inference(iter([tokens for tokens, _ in data]), num_micro_batches=3),
+        "step": pipe.step,
+    }
+
+
+def equal(mine: Any, theirs: Any) -> bool:
+    if isinstance(theirs, list | tuple):
+        return len(mine) == len(theirs) and all(map(equal, mine, theirs))
+    return mine is None if theirs is None else torch.equal(mine, theirs)
+
+
+@pytest.mark.parametrize("schedule", ["1f1b", "interleaved", "zb_v"])
+def test_ways_to_evaluate(schedule: str) -> None:
+    unsplit = Unsplit(MODELS["everything"]()).eval()
+    with torch.no_grad():
+        outputs = [unsplit(tokens) for tokens, _ in batches("everything", 3)]
+        losses = torch.stack(
+            [loss_fn(out, labels) for out, (_, labels) in zip(outputs, batches("everything", 3), strict=True)]
+        )
+    mean = (losses[0] + losses[1] + losses[2]) / 3
+    found = run_ranks(ways_to_evaluate, 2, schedule)
+    assert [rank["last"] for rank in found] == ([True, False] if schedule == "zb_v" else [False, True])
+    for rank in found:
+        last = rank["last"]
+        assert equal(rank["default"], mean) and equal(rank["single"], losses)
+        assert equal(rank["here"], mean if last else None)
+        assert equal(rank["pair"], (mean, outputs if last else None))
+        assert equal(rank["outputs"], outputs if last else None) and equal(rank["inference"], outputs if last else None)
+        assert equal(rank["mean"], (outputs[0] + outputs[1] + outputs[2]) / 3 if last else None)
+        assert rank["step"] == 0
+
+
+def drawn(seed: int | None) -> tuple[list[float], bool]:
+    module = PipelineModule(with_dropout(), loss_fn=loss_fn, seed_layers=True)
+    torch.manual_seed(5)
+    before = torch.get_rng_state()
+    pipe = pipeline(module, num_micro_batches=2, dropout_seed=seed)
+    batch = batches("plain", 1)[0]
+    losses = [pipe.train_batch(iter([batch, batch])).item() for _ in range(2)]
+    pipe.step = 0
+    losses.append(pipe.train_batch(iter([batch, batch])).item())
+    return losses, torch.equal(before, torch.get_rng_state())
+
+
+def test_dropout_seeds() -> None:
+    one, two = (run_ranks(drawn, 2, seed)[0] for seed in (1, 2))
+    assert one[1] and two[1]  # the generators are left alone
+    assert one[0][0] != one[0][1] and one[0][0] == one[0][2] and one[0] != two[0]
+    assert not run_ranks(drawn, 2, None)[1][1]
+
+
 def plain_stages() -> list[float]:
     """Any module per rank is a stage."""
     torch.manual_seed(ds_comm.get_rank())
@@ -198,6 +263,43 @@ def failing(how: str, rank: int) -> tuple[str, str]:
     with pytest.raises(PipelineError) as again:
         runner.train_batch(iter(data))
     return str(info.value), str(again.value)
+
+
+def fails_in_schedule(schedule: str, rank: int) -> str:
+    layers: list[Any] = [nn.Linear(WIDTH, WIDTH) for _ in range(8)]
+    placed: dict[str, Any] = {"zb_v": {"num_chunks": 2, "placement": "v"}, "interleaved": {"num_chunks": 2}}
+    if ds_comm.get_rank() == rank:
+        layers = [Late() for _ in range(8)]
+    module = PipelineModule(layers, loss_fn=loss_fn, partition_method="uniform", **placed.get(schedule, {}))
+    pipe = pipeline(module, schedule=schedule, num_micro_batches=4)
+    with pytest.raises(PipelineError) as info:
+        pipe.train_batch(iter(batches("plain", 4)))
+    return str(info.value)
+
+
+class Late(nn.Linear):
+    """Fails in the backward of its third micro-batch."""
+
+    def __init__(self) -> None:
+        super().__init__(WIDTH, WIDTH)
+        self.count = 0
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        output = super().forward(input)
+        output.register_hook(self.gradient)
+        return output
+
+    def gradient(self, _: torch.Tensor) -> None:
+        self.count += 1
+        if self.count == 3:
+            raise ValueError("no more of this")
+
+
+@pytest.mark.parametrize("schedule", ["1f1b", "interleaved", "zb_h1", "zb_v"])
+def test_a_failure_in_backward_is_an_error_on_every_stage(schedule: str) -> None:
+    for rank in (0, 1):
+        for text in run_ranks(fails_in_schedule, 2, schedule, rank, timeout=40):
+            assert f"stage {rank}: ValueError: no more of this" in text
 
 
 @pytest.mark.parametrize(
@@ -262,5 +364,15 @@ def test_refusals() -> None:
         pipeline(module, loss_fn=loss_fn, schedule=zb_h1(2, 1))
     with pytest.raises(ScheduleError, match="2f2b"):
         pipeline(module, loss_fn=loss_fn, schedule="2f2b")
+    with pytest.raises(ScheduleError, match="zb_v has 2 chunk"):
+        pipeline(PipelineModule(plain(), num_chunks=3), loss_fn=loss_fn, schedule="zb_v")
+    with pytest.raises(ScheduleError, match="1f1b has 1 chunk"):
+        pipeline(PipelineModule(plain(), num_chunks=2), loss_fn=loss_fn)
+    with pytest.raises(PipelineError, match="on the stages"):
+        pipeline(PipelineModule(plain()), loss_fn=loss_fn, schedule="interleaved")
+    with pytest.raises(PipelineError, match="reduce_output is 'sum'"):
+        pipeline(module, loss_fn=loss_fn).eval_batch(iter([]), reduce_output="sum")
+    with pytest.raises(PipelineError, match="say which: forward"):
+        PipelineModule(plain(), num_chunks=2)(torch.ones(1, WIDTH))
     with pytest.raises(PipelineError, match="data_iter is list"):
         pipeline(module, loss_fn=loss_fn).train_batch([])  # type: ignore[arg-type]

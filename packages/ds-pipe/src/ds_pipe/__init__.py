@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from ds_pipe.grid import PipelineParallelGrid
     from ds_pipe.huggingface import causal_lm_loss, huggingface_name, split_causal_lm
     from ds_pipe.layers import LayerSpec, TiedLayerSpec
+    from ds_pipe.measure import Memory, measure_memory, measure_run
     from ds_pipe.module import PipelineModule
     from ds_pipe.partition import balanced, partition_layers, uniform
     from ds_pipe.profile import profile_layers
@@ -83,6 +84,7 @@ _NAMES = {
     "grid": ("PipelineParallelGrid",),
     "huggingface": ("causal_lm_loss", "huggingface_name", "split_causal_lm"),
     "layers": ("LayerSpec", "TiedLayerSpec"),
+    "measure": ("Memory", "measure_memory", "measure_run"),
     "module": ("PipelineModule",),
     "partition": ("balanced", "partition_layers", "uniform"),
     "profile": ("profile_layers",),
@@ -160,6 +162,10 @@ __all__ = [
     "LayerSpec",
     "PipelineModule",
     "TiedLayerSpec",
+    # measurements
+    "Memory",
+    "measure_memory",
+    "measure_run",
     # partition
     "balanced",
     "partition_layers",

@@ -23,11 +23,11 @@ from torch import Tensor, nn
 
 import ds_comm
 from ds_pipe._channels import ACTIVATION, EVALUATION, GRADIENT, Channels
-from ds_pipe._run import LossFn, Observer, Run, Stage
-from ds_pipe._split import SplitBackward
+from ds_pipe._run import Around, LossFn, Observer, Run, Stage
+from ds_pipe._setup import splits, take
 from ds_pipe._ties import Ties
 from ds_pipe.errors import PipelineError
-from ds_pipe.module import PipelineModule, Tie
+from ds_pipe.module import PipelineModule
 from ds_pipe.rng import Seeds
 from ds_pipe.schedule.action import Schedule
 from ds_pipe.schedule.choose import build
@@ -120,7 +120,7 @@ class Pipeline:
         self.schedule = schedule
         self.stage_id, self.num_stages = ds_comm.get_rank(group), schedule.num_stages
         self.step = 0
-        self._group = group
+        self.group = group
         self._dropout_seed = dropout_seed
         self._programs: dict[int, tuple[Op, ...]] = {}  # forward only, by number of micro-batches
         self._program = validate(schedule)[self.stage_id]
@@ -142,7 +142,7 @@ class Pipeline:
             device,
             self._channels,
             self._ties,
-            _splits(model, schedule, virtuals, ties),
+            splits(model, schedule, virtuals, ties),
             gradient_sync,
         )
         self._failure: str | None = None
@@ -161,6 +161,15 @@ class Pipeline:
     def observers(self) -> list[Observer]:
         """Called as observer(action, start, end) after each action, in seconds of `time.perf_counter`."""
         return self._stage.observers
+
+    @contextmanager
+    def watched(self, around: Around) -> Iterator[None]:
+        """Inside, every action runs in the context around(action, payload), and observers are not called."""
+        self._stage.around = around
+        try:
+            yield
+        finally:
+            self._stage.around = None
 
     def train_batch(
         self, data_iter: Iterator[Any] | None = None, optimizer: torch.optim.Optimizer | None = None
@@ -249,31 +258,11 @@ class Pipeline:
             run = Run(self._stage, data, training=False, with_loss=False, with_outputs=True)
             run.walk(self._forward_program(num))
             self._channels.drain()
-            ds_comm.barrier(group=self._group)
+            ds_comm.barrier(group=self.group)
             return run.outputs if self.is_last_stage else None
 
     def _take(self, data_iter: Iterator[Any] | None, num: int, *, labelled: bool = True) -> list[tuple[Any, Any]]:
-        if not isinstance(data_iter, Iterator):
-            raise PipelineError(
-                f"stage {self.stage_id}: data_iter is {type(data_iter).__name__}; the first stage and the last need an "
-                "iterator of (inputs, labels), such as iter(loader)"
-            )
-        taken: list[tuple[Any, Any]] = []
-        while len(taken) < num:
-            try:
-                batch = next(data_iter)
-            except StopIteration:
-                raise PipelineError(
-                    f"stage {self.stage_id}: the data iterator ran dry after {len(taken)} of {num} micro-batches; give "
-                    "one with whole batches, or one that repeats"
-                ) from None
-            if not labelled:
-                taken.append((batch, None))
-                continue
-            if not isinstance(batch, tuple | list) or len(batch) != 2:
-                raise PipelineError(f"a micro-batch is {type(batch).__name__}; expected a pair (inputs, labels)")
-            taken.append((batch[0], batch[1]))
-        return taken
+        return take(data_iter, num, self.stage_id, labelled=labelled)
 
     def _forward_program(self, num: int) -> tuple[Op, ...]:
         if num not in self._programs:
@@ -301,7 +290,7 @@ class Pipeline:
         return torch.stack(losses).float() if losses else torch.zeros(num, device=self._stage.device)
 
     def _share(self, loss: Tensor) -> Tensor:
-        ds_comm.broadcast(loss, group=self._group, group_src=self.schedule.placement[-1], label="loss")
+        ds_comm.broadcast(loss, group=self.group, group_src=self.schedule.placement[-1], label="loss")
         return loss
 
     @contextmanager
@@ -319,23 +308,3 @@ class Pipeline:
             if isinstance(error, PipelineError):
                 raise
             raise PipelineError(text) from error
-
-
-def _splits(
-    model: nn.Module, schedule: Schedule, virtuals: tuple[int, ...], ties: list[Tie]
-) -> tuple[SplitBackward | None, ...]:
-    """Per chunk how its gradients are found before they are accumulated; None where backward does both.
-
-    A weight tied between two chunks of one rank needs that too, as its gradients are summed before they accumulate.
-    """
-    doubled = [tie for tie in ties if sum(virtual in virtuals for virtual in tie.virtuals) > 1]
-    found: list[SplitBackward | None] = []
-    for chunk, virtual in enumerate(virtuals):
-        if not schedule.splits_backward and not any(virtual in tie.virtuals for tie in doubled):
-            found.append(None)
-            continue
-        parameters = model.chunks[chunk].parameters() if isinstance(model, PipelineModule) else model.parameters()
-        trainable = [parameter for parameter in parameters if parameter.requires_grad]
-        at_once = [tie.parameter for tie in ties if virtual in tie.virtuals]
-        found.append(SplitBackward(trainable, at_once=at_once, defers=schedule.splits_backward))
-    return tuple(found)

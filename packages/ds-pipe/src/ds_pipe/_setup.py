@@ -1,0 +1,63 @@
+"""What a pipeline needs before it runs: micro-batches from an iterator, and how each chunk's backward is done."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from torch import nn
+
+from ds_pipe._split import SplitBackward
+from ds_pipe.errors import PipelineError
+from ds_pipe.module import PipelineModule, Tie
+from ds_pipe.schedule.action import Schedule
+
+__all__ = ["splits", "take"]
+
+
+def take(data_iter: Iterator[Any] | None, num: int, stage: int, *, labelled: bool) -> list[tuple[Any, Any]]:
+    """`num` micro-batches as (inputs, labels); what the iterator yields are such pairs, or inputs alone.
+
+    PipelineError for no iterator, one that runs dry, or something else than pairs.
+    """
+    if not isinstance(data_iter, Iterator):
+        raise PipelineError(
+            f"stage {stage}: data_iter is {type(data_iter).__name__}; the first stage and the last need an iterator of "
+            "(inputs, labels), such as iter(loader)"
+        )
+    taken: list[tuple[Any, Any]] = []
+    while len(taken) < num:
+        try:
+            batch = next(data_iter)
+        except StopIteration:
+            raise PipelineError(
+                f"stage {stage}: the data iterator ran dry after {len(taken)} of {num} micro-batches; give one with "
+                "whole batches, or one that repeats"
+            ) from None
+        if not labelled:
+            taken.append((batch, None))
+            continue
+        if not isinstance(batch, tuple | list) or len(batch) != 2:
+            raise PipelineError(f"a micro-batch is {type(batch).__name__}; expected a pair (inputs, labels)")
+        taken.append((batch[0], batch[1]))
+    return taken
+
+
+def splits(
+    model: nn.Module, schedule: Schedule, virtuals: Sequence[int], ties: Sequence[Tie]
+) -> tuple[SplitBackward | None, ...]:
+    """Per chunk how its gradients are found before they are accumulated; None where backward does both.
+
+    A weight tied between two chunks of one rank needs that too, as its gradients are summed before they accumulate.
+    """
+    doubled = [tie for tie in ties if sum(virtual in virtuals for virtual in tie.virtuals) > 1]
+    found: list[SplitBackward | None] = []
+    for chunk, virtual in enumerate(virtuals):
+        if not schedule.splits_backward and not any(virtual in tie.virtuals for tie in doubled):
+            found.append(None)
+            continue
+        parameters = model.chunks[chunk].parameters() if isinstance(model, PipelineModule) else model.parameters()
+        trainable = [parameter for parameter in parameters if parameter.requires_grad]
+        at_once = [tie.parameter for tie in ties if virtual in tie.virtuals]
+        found.append(SplitBackward(trainable, at_once=at_once, defers=schedule.splits_backward))
+    return tuple(found)
