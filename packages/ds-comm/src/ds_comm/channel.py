@@ -35,18 +35,20 @@ class Channel:
         self._transport = transport
         self._group = group
         self._ledger = ledger
+        self._sent: Entry | None = None
+        self._received: Entry | None = None
         self._messages = transport.messages if device.type == "cpu" and peer != group.rank() else None
 
     def packet(self, nbytes: int) -> Packet:
         """A message to be: write all of its ``data`` (uint8 [nbytes]), then ``send()`` it, once."""
-        entry = self._ledger.add("send", torch.uint8, nbytes, self.label)
+        entry = self._sent = self._count(self._sent, "send", nbytes)
         if self._messages is not None:
             return self._messages.packet(nbytes, self.peer, self.tag, entry)
         return _TorchPacket(torch.empty(nbytes, dtype=torch.uint8, device=self.device), self, entry)
 
     def receive(self, nbytes: int) -> Receipt:
         """Start receiving the peer's next packet; after ``wait()`` it is ``data`` (uint8 [nbytes])."""
-        entry = self._ledger.add("recv", torch.uint8, nbytes, self.label)
+        entry = self._received = self._count(self._received, "recv", nbytes)
         if self._messages is not None:
             return self._messages.receive(nbytes, self.peer, self.tag, entry)
         data = torch.empty(nbytes, dtype=torch.uint8, device=self.device)
@@ -57,11 +59,20 @@ class Channel:
         """Let torch.distributed carry a packet's bytes."""
         return self._watched(dist.isend(data, group=self._group, tag=self.tag, group_dst=self.peer), entry)
 
+    def _count(self, last: Entry | None, op: str, nbytes: int) -> Entry:
+        """Count a packet; mostly it is like the one before."""
+        if last is None or last.numel != nbytes:
+            return self._ledger.add(op, torch.uint8, nbytes, self.label)
+        last.count += 1
+        return last
+
     def _watched(self, work: dist.Work | None, entry: Entry) -> Work:
         return TorchWork([work] if work is not None else [], entry=entry, block=self._transport.block_message)
 
 
 class _TorchPacket(Packet):
+    lasting = False
+
     def __init__(self, data: Tensor, channel: Channel, entry: Entry) -> None:
         self.data = data
         self._channel = channel

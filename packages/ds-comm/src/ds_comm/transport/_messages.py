@@ -45,6 +45,7 @@ others; a receiver that does not come meanwhile is not waited for again."""
 
 _LEAST_CAPACITY = 64 << 10
 _POLLS_TO_SPILL = 64
+_TENSORS = 64
 _BYTE = dtype_code(torch.uint8)
 
 
@@ -80,6 +81,7 @@ class Messages(Messenger):
         self._outlets: dict[int, Outlet] = {}
         self._inlets: dict[int, Inlet] = {}
         self._deferred: dict[int, deque[SendWork]] = {}
+        self._tensors: dict[tuple[int, int, int], Tensor] = {}
         self._closed = False
 
     def isend(self, tensor: Tensor, dst: int, tag: int, entry: Entry) -> Work:
@@ -100,8 +102,7 @@ class Messages(Messenger):
             if nbytes <= self._capacity // 4 and not self._deferred.get(dst):
                 offset = self._allocate(dst, nbytes, entry)
             if offset is not None:
-                data = self._outlets[dst].memory[offset : offset + nbytes]
-                return ShmPacket(self, data, offset, dst, tag, entry)
+                return ShmPacket(self, self._at_block(dst, offset, nbytes), offset, dst, tag, entry)
         return ShmPacket(self, torch.empty(nbytes, dtype=torch.uint8), None, dst, tag, entry)
 
     def receive(self, nbytes: int, src: int, tag: int, entry: Entry) -> Receipt:
@@ -133,7 +134,7 @@ class Messages(Messenger):
             outlet.close()
         for inlet in self._inlets.values():
             inlet.close()
-        self._outlets, self._inlets = {}, {}
+        self._outlets, self._inlets, self._tensors = {}, {}, {}
 
     # ---- what the works call
 
@@ -146,9 +147,9 @@ class Messages(Messenger):
 
     def wait(self, work: SendWork | ReceiveWork) -> None:
         """Return when ``work`` is finished."""
-        self._check()
         if self.poll(work):
             return
+        self._check()
         polls = seen = 0
 
         def moved() -> bool:
@@ -233,6 +234,16 @@ class Messages(Messenger):
             inlet.pump()
             inlet.expect(work.tag, work)
         return work
+
+    def _at_block(self, dst: int, offset: int, nbytes: int) -> Tensor:
+        """The block as a tensor, the same object as before where there was one: making it costs a small message."""
+        key = (dst, offset, nbytes)
+        data = self._tensors.get(key)
+        if data is None:
+            if len(self._tensors) >= _TENSORS:
+                self._tensors.clear()
+            data = self._tensors[key] = self._outlets[dst].memory[offset : offset + nbytes]
+        return data
 
     def _advance(self) -> None:
         for inlet in self._inlets.values():
@@ -353,8 +364,11 @@ class ReceiveWork(Receipt):
 class ShmPacket(Packet):
     """``offset``: the block it lies in; None where it is private memory that is sent as any tensor."""
 
+    __slots__ = ("_messages", "data", "entry", "lasting", "offset", "peer", "tag")
+
     def __init__(self, messages: Messages, data: Tensor, offset: int | None, peer: int, tag: int, entry: Entry) -> None:
         self.data = data
+        self.lasting = offset is not None
         self._messages = messages
         self.offset, self.peer, self.tag, self.entry = offset, peer, tag, entry
 

@@ -69,9 +69,14 @@ class Receipt(Work):
 
 
 class Packet(ABC):
-    """Bytes to be sent: write all of ``data`` (uint8 [nbytes]), then ``send`` once, and write no more."""
+    """Bytes to be sent: write all of ``data`` (uint8 [nbytes]), then ``send`` once, and write no more.
 
+    ``lasting``: the same tensor object comes again with later packets, so what is made from it may be kept.
+    """
+
+    __slots__ = ()
     data: Tensor
+    lasting: bool
 
     @abstractmethod
     def send(self) -> Work:
