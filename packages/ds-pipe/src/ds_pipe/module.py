@@ -14,11 +14,13 @@ weights do not depend on the split.
 
 from __future__ import annotations
 
+import os
 from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
+from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -29,6 +31,7 @@ from torch.utils.checkpoint import checkpoint
 import ds_comm
 from ds_pipe.errors import PartitionError, PipelineError
 from ds_pipe.grid import PipelineParallelGrid
+from ds_pipe.layer_files import layer_file, load_layers, save_layers
 from ds_pipe.layers import LayerSpec, TiedLayerSpec
 from ds_pipe.partition import partition_layers
 from ds_pipe.profile import profile_layers
@@ -80,6 +83,15 @@ class Chunk:
         return inputs
 
 
+@dataclass
+class _Axes:
+    """Where a rank is: the group of its pipeline, the whole topology, and the groups of all axes once they are made."""
+
+    group: dist.ProcessGroup | None
+    topology: ProcessTopology
+    grid: PipelineParallelGrid | None = None
+
+
 class PipelineModule(nn.Module):
     """This rank's stage of the model `layers`.
 
@@ -119,14 +131,14 @@ class PipelineModule(nn.Module):
         placement: Literal["loop", "v"] = "loop",
     ) -> None:
         super().__init__()
-        self.group, self._topology, self._grid = _pipe_group(num_stages, topology, group)
+        self._axes = _pipe_group(num_stages, topology, group)
+        self.group = self._axes.group
         self.stage_id, self.num_stages = ds_comm.get_rank(self.group), ds_comm.get_world_size(self.group)
         self.loss_fn = loss_fn
         self.dynamic_shape = dynamic_shape
         self.activation_checkpoint_interval = activation_checkpoint_interval
         self.activation_checkpoint_func = activation_checkpoint_func or partial(checkpoint, use_reentrant=False)
         self.checkpointable_layers = checkpointable_layers
-        self.num_layers = len(layers)
         self.costs: Costs | None = None
         if partition_method.lower() == "profile" and layer_costs is None and profile_sample is not None:
             self.costs = profile_layers(layers, profile_sample, loss_fn, group=group)
@@ -147,6 +159,8 @@ class PipelineModule(nn.Module):
         seed = (seed_fn or torch.manual_seed) if seed_layers else None
         self.chunks = [self._build(layers, virtual, seed, base_seed) for virtual in held]
         self._tied = _tied_stages(layers, self.parts)
+        tied = [(layer.key, index) for index, layer in enumerate(layers) if isinstance(layer, TiedLayerSpec)]
+        self._first_uses = dict(reversed(tied))  # key -> its first layer
         self._agree_on_tied_weights()
 
     def forward(self, inputs: Any, chunk: int | None = None, seeds: Seeds | None = None) -> Any:
@@ -168,13 +182,18 @@ class PipelineModule(nn.Module):
 
     def topology(self) -> ProcessTopology:
         """The grid of ranks: the one given, or one axis "pipe"."""
-        return self._topology
+        return self._axes.topology
 
     def mpu(self) -> PipelineParallelGrid:
         """The groups of the grid; collective over the world when called first."""
-        if self._grid is None:
-            self._grid = PipelineParallelGrid(self._topology, self.group)
-        return self._grid
+        if self._axes.grid is None:
+            self._axes.grid = PipelineParallelGrid(self._axes.topology, self.group)
+        return self._axes.grid
+
+    @property
+    def num_layers(self) -> int:
+        """Layers of the whole model."""
+        return self.parts[-1]
 
     def num_pipeline_stages(self) -> int:
         return self.num_stages
@@ -187,6 +206,60 @@ class PipelineModule(nn.Module):
 
     def set_checkpoint_interval(self, interval: int) -> None:
         self.activation_checkpoint_interval = interval
+
+    def ckpt_prefix(self, checkpoints_path: str | os.PathLike[str], tag: str) -> str:
+        """The folder of checkpoint `tag`, and in it the beginning of names that this rank's coordinates ask for."""
+        return os.path.join(checkpoints_path, str(tag), self._coordinates())
+
+    def ckpt_layer_path(self, ckpt_dir: str | os.PathLike[str], local_layer_idx: int) -> str:
+        """The file of this rank's layer number `local_layer_idx` (counted over its chunks) in `ckpt_dir`."""
+        held = [index for chunk in self.chunks for index in range(chunk.start, chunk.start + len(chunk.functions))]
+        return os.path.join(ckpt_dir, layer_file(held[local_layer_idx], self._coordinates()))
+
+    def save_state_dict(
+        self, save_dir: str | os.PathLike[str], checkpoint_engine: Any = None, exclude_frozen_params: bool = False
+    ) -> None:
+        """Write every layer's state to a file of its own (`layer_files`); all ranks call it, the first replica writes.
+
+        Weights only, in full: what ZeRO has sharded is for the engine's save_checkpoint. `checkpoint_engine` is
+        upstream's and without effect, as the files are safetensors.
+        """
+        replicated = self.topology().world_size() > self.num_stages
+        place = self.topology().get_coord(ds_comm.get_rank())._asdict() if replicated else {}
+        save_layers(
+            Path(save_dir),
+            {index: module for index, module in self._stateful().items() if self.stage_id == self.stage_owner(index)},
+            self.num_layers,
+            coordinates=self._coordinates(),
+            writes=place.get("data", 0) == 0,
+            exclude_frozen=exclude_frozen_params,
+            group=self.group,
+        )
+        if replicated:
+            ds_comm.barrier(label="layer files")
+
+    def load_state_dir(
+        self, load_dir: str | os.PathLike[str], checkpoint_engine: Any = None, strict: bool = True
+    ) -> None:
+        """Read this rank's layers from a folder of save_state_dict, whatever number of stages wrote it; collective."""
+        load_layers(
+            Path(load_dir),
+            self._stateful(),
+            self.num_layers,
+            coordinates=self._coordinates(),
+            strict=strict,
+            group=self.group,
+        )
+
+    def _stateful(self) -> dict[int, nn.Module]:
+        """The modules of this rank by layer; a tied one by the first layer of its key, wherever that is."""
+        held = {int(name): module for name, module in self.named_children() if name.isdigit()}
+        return held | {self._first_uses[key]: module for key, module in self.tied_modules.items()}
+
+    def _coordinates(self) -> str:
+        """Where this rank is on axes besides pipe and data, such as model_01; mostly nothing."""
+        shown = set(self._axes.topology.get_axis_names()) - {"pipe", "data"}
+        return self._axes.topology.get_rank_repr(ds_comm.get_rank()) if shown else ""
 
     def ties(self) -> list[Tie]:
         """The weights held here that several layers use through `TiedLayerSpec`s, in one order on all ranks."""
@@ -291,10 +364,8 @@ def _tied_stages(layers: Sequence[Layer], parts: Sequence[int]) -> dict[str, tup
     return found
 
 
-def _pipe_group(
-    num_stages: int | None, topology: ProcessTopology | None, group: dist.ProcessGroup | None
-) -> tuple[dist.ProcessGroup | None, ProcessTopology, PipelineParallelGrid | None]:
-    """The group whose ranks are the stages, the topology, and the grid where one had to be made."""
+def _pipe_group(num_stages: int | None, topology: ProcessTopology | None, group: dist.ProcessGroup | None) -> _Axes:
+    """The group whose ranks are the stages, and the topology; the grid where one had to be made."""
     if not ds_comm.is_initialized():
         ds_comm.init_distributed()
     size = ds_comm.get_world_size(group)
@@ -307,7 +378,7 @@ def _pipe_group(
                 f"num_stages is {num_stages}, but there are {size} ranks; expected one rank per stage, or a multiple"
                 " of that for several replicas of the pipeline"
             )
-        return group, ProcessTopology(["pipe"], [size]), None
+        return _Axes(group, ProcessTopology(["pipe"], [size]))
     if group is not None:
         raise PipelineError("topology and group were both given; a topology spans the world, so give only one")
     if topology.world_size() != size or num_stages not in (None, topology.get_dim("pipe")):
@@ -318,4 +389,4 @@ def _pipe_group(
     if not topology.get_dim("pipe"):
         raise PipelineError(f"the topology has the axes {topology.get_axis_names()}; expected one named 'pipe'")
     grid = PipelineParallelGrid(topology)
-    return (None if topology.get_dim("pipe") == size else grid.get_pipe_parallel_group()), topology, grid
+    return _Axes(None if topology.get_dim("pipe") == size else grid.get_pipe_parallel_group(), topology, grid)

@@ -3,15 +3,14 @@
 `profile_layers` builds one layer after the other, runs it on what the layer before it returned, and drops it. All ranks
 measure at the same time, as they will compute at the same time (they share a memory bus), and agree on the mean. Per
 layer, F is the time of its forward, I of the gradients of its inputs alone, B of a whole backward that adds to
-gradients which are already there, and W = B - I. The last layer's times contain the loss. They are medians of `repeats`
-runs after one that does not count.
+gradients which are already there, and W = B - I. The last layer's times contain the loss. They are the least of
+`repeats` runs after one that does not count: what else runs on the machine only adds.
 
 Invariants. Nothing is changed by it: not the random generator, gradients or buffers.
 """
 
 from __future__ import annotations
 
-import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -129,7 +128,7 @@ def _measure(function: Callable[[Any], Any], inputs: Any, module: nn.Module, rep
         outputs = function(given)
         forward = _now() - start
         seconds.append((forward, *_backward(outputs, given)))
-    forward, input_gradient, backward = (statistics.median(kind) for kind in zip(*seconds, strict=True))
+    forward, input_gradient, backward = map(min, zip(*seconds, strict=True))
     return _Times(forward, min(input_gradient, backward), backward, activation), _mapped(outputs, _leaf)
 
 
