@@ -31,7 +31,7 @@ WARM_UP_STEPS = 2
 
 @dataclass(frozen=True)
 class Contender:
-    """What runs. `extra` is merged into the specification that `contenders.py` sees."""
+    """What runs, by `script`. `extra` is merged into the specification that it sees."""
 
     kind: str
     model: str = "smollm2"
@@ -40,6 +40,7 @@ class Contender:
     upstream: bool = False
     world_size: int = 2
     random: bool = False
+    script: str = "worker.py"
     extra: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -105,7 +106,7 @@ class RankGroup:
             mine = {**env, "RANK": str(rank), "LOCAL_RANK": str(rank), "DS_BENCH_REPLY_FD": str(send)}
             with log.open("w") as output:
                 process = subprocess.Popen(
-                    [python, str(HERE / "worker.py")],
+                    [python, str(HERE / contender.script)],
                     stdin=subprocess.PIPE,
                     stdout=output,
                     stderr=subprocess.STDOUT,
