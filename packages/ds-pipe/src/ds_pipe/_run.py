@@ -40,8 +40,11 @@ Around = Callable[[Action, Any], AbstractContextManager[object]]
 
 @dataclass
 class Stage:
-    """This rank's part of the model and what runs it; `virtuals` are its chunks' virtual stages, `splits` their I and W
-    (None: whole backwards); `around` is entered for each action, with its payload."""
+    """This rank's part of the model and what runs it.
+
+    `virtuals` are the virtual stages of its chunks, `splits` their I and W (None: whole backwards), but for the
+    (micro-batch, chunk) in `fused`, whose I does all of it. `around` is entered for each action, with its payload.
+    """
 
     model: nn.Module
     virtuals: tuple[int, ...]
@@ -51,6 +54,7 @@ class Stage:
     channels: Channels
     ties: Ties | None
     splits: tuple[SplitBackward | None, ...]
+    fused: frozenset[tuple[int, int]]
     sync: GradientSync
     observers: list[Observer] = field(default_factory=list)
     around: Around | None = None
@@ -151,7 +155,7 @@ class Run:
 
     def _forward(self, i: int, chunk: int, inputs: Any) -> None:
         stage, virtual = self._stage, self._stage.virtuals[chunk]
-        split = stage.splits[chunk] if self._training else None
+        split = stage.splits[chunk] if self._training and (i, chunk) not in stage.fused else None
         record = Record()
         with split.watching(record) if split is not None else nullcontext():
             outputs = stage.call(inputs, chunk, None if self._seeds is None else self._seeds(i))
@@ -176,7 +180,7 @@ class Run:
 
     def _backward(self, i: int, chunk: int, gradients: list[Tensor | None]) -> None:
         stage, virtual = self._stage, self._stage.virtuals[chunk]
-        if stage.splits[chunk] is not None:
+        if (i, chunk) in self._records:
             self._input_gradients(i, chunk, gradients)
             self._weight_gradients(i, chunk, None)
             return
@@ -189,8 +193,10 @@ class Run:
 
     def _input_gradients(self, i: int, chunk: int, gradients: list[Tensor | None]) -> None:
         stage, virtual = self._stage, self._stage.virtuals[chunk]
-        split, record = stage.splits[chunk], self._records[i, chunk]
-        assert split is not None
+        split, record = stage.splits[chunk], self._records.get((i, chunk))
+        if split is None or record is None:
+            self._backward(i, chunk, gradients)
+            return
         inputs, outputs = self._live.pop((i, chunk))
         found = split.input_gradients(record, outputs, gradients, inputs)
         if stage.ties is not None:
@@ -198,10 +204,11 @@ class Run:
         self._pass_back(i, virtual, inputs, found)
 
     def _weight_gradients(self, i: int, chunk: int, _: Any) -> None:
-        split = self._stage.splits[chunk]
-        assert split is not None
+        split, record = self._stage.splits[chunk], self._records.pop((i, chunk), None)
+        if split is None or record is None:  # done with its I
+            return
         with self._stage.sync.whole(split.parameters):
-            split.accumulate(self._records.pop((i, chunk)))
+            split.accumulate(record)
         self._end_chunk(i, chunk)
 
     def _pass_back(self, i: int, virtual: int, inputs: list[Tensor], gradients: list[Tensor | None]) -> None:

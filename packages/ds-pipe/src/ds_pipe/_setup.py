@@ -1,8 +1,13 @@
-"""What a pipeline needs before it runs: micro-batches from an iterator, and how each chunk's backward is done."""
+"""What a pipeline needs before it runs: micro-batches from an iterator, and how each chunk's backward is done.
+
+A chunk's backward is whole, or split into I and W (`_split`). Split ones cost a few percent more, so where W follows
+its I and nobody waits for I's result in between (there is none, or it stays on the rank), both are one whole backward.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from itertools import pairwise
 from typing import Any
 
 from torch import nn
@@ -10,9 +15,10 @@ from torch import nn
 from ds_pipe._split import SplitBackward
 from ds_pipe.errors import PipelineError
 from ds_pipe.module import PipelineModule, Tie
-from ds_pipe.schedule.action import Schedule
+from ds_pipe.schedule.action import Action, Schedule
+from ds_pipe.schedule.lower import Op, Recv
 
-__all__ = ["splits", "take"]
+__all__ = ["fused", "splits", "take"]
 
 
 def take(data_iter: Iterator[Any] | None, num: int, stage: int, *, labelled: bool) -> list[tuple[Any, Any]]:
@@ -61,3 +67,21 @@ def splits(
         at_once = [tie.parameter for tie in ties if virtual in tie.virtuals]
         found.append(SplitBackward(trainable, at_once=at_once, defers=schedule.splits_backward))
     return tuple(found)
+
+
+def fused(
+    program: Sequence[Op], virtuals: Sequence[int], ties: Sequence[Tie], splits: Sequence[SplitBackward | None]
+) -> frozenset[tuple[int, int]]:
+    """The (micro-batch, chunk) whose W stands next to I, but for receives, and which need not be apart for a tie."""
+    doubled = {
+        virtual for tie in ties if len(uses := [v for v in tie.virtuals if v in virtuals]) > 1 for virtual in uses
+    }
+    apart = {chunk for chunk, virtual in enumerate(virtuals) if splits[chunk] is None or virtual in doubled}
+    listed = [op for op in program if not isinstance(op, Recv)]
+    found = set()
+    for op, following in pairwise(listed):
+        if isinstance(op, Action) and isinstance(following, Action) and (op.kind, following.kind) == ("I", "W"):
+            _, _, i, chunk = op
+            if (following.micro_batch, following.chunk) == (i, chunk) and chunk not in apart:
+                found.add((i, chunk))
+    return frozenset(found)

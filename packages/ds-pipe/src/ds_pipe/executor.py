@@ -24,7 +24,7 @@ from torch import Tensor, nn
 import ds_comm
 from ds_pipe._channels import ACTIVATION, EVALUATION, GRADIENT, Channels
 from ds_pipe._run import Around, LossFn, Observer, Run, Stage
-from ds_pipe._setup import splits, take
+from ds_pipe._setup import fused, splits, take
 from ds_pipe._ties import Ties
 from ds_pipe.errors import PipelineError
 from ds_pipe.module import PipelineModule
@@ -134,6 +134,7 @@ class Pipeline:
         ties = model.ties() if isinstance(model, PipelineModule) else []
         self._ties = Ties(ties, schedule.placement, self.stage_id, self._channels) if ties else None
         virtuals = schedule.chunks[self.stage_id]
+        halves = splits(model, schedule, virtuals, ties)
         self._stage = Stage(
             model,
             virtuals,
@@ -142,7 +143,8 @@ class Pipeline:
             device,
             self._channels,
             self._ties,
-            splits(model, schedule, virtuals, ties),
+            halves,
+            fused(self._program, virtuals, ties, halves),
             gradient_sync,
         )
         self._failure: str | None = None
@@ -159,7 +161,10 @@ class Pipeline:
 
     @property
     def observers(self) -> list[Observer]:
-        """Called as observer(action, start, end) after each action, in seconds of `time.perf_counter`."""
+        """Called as observer(action, start, end) after each action, in seconds of `time.perf_counter`.
+
+        Where an I and its W are done as one (nobody waits for what I finds), the time is all I's.
+        """
         return self._stage.observers
 
     @contextmanager
