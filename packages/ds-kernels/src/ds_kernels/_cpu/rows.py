@@ -1,12 +1,16 @@
 """Few query rows against many keys that stream by once: what decoding is made of, beside `tiles`.
 
-Keys and values are rows at 16 addresses each, so pages of any size will do; dims are multiples of 16. As in `tiles`,
+Keys and values are rows at addresses from a table: pages of any size will do. Dims are multiples of 16. As in `tiles`,
 these are vectors emitted as LLVM, with addresses as int64 and nothing checked.
 
-    dots[code]          16 scores: the products of one query row (fp32) with 16 key rows of a dtype, summed along dim
-    dots_bf16_pairs     the same by AVX512_BF16 (HAS_BF16_DOT), the query in bf16; dims are multiples of 32
+    dots[code, R]       scores: the products of R query rows (fp32) with KEYS key rows of a dtype, summed along dim
+    dots_bf16_pairs     [R] the same by AVX512_BF16 (HAS_BF16_DOT), the query in bf16; dims are multiples of 32
     gather[code, R, V]  o[i, :] += sum over j of p[i, j] * value row j, for R rows i and 16 * V dims
-    prefetch            the cache line of an address: pages lie anywhere, and the hardware cannot know what comes next
+    prefetch            the cache line of an address
+
+Pages lie anywhere, so the hardware cannot know what comes next: while it works on a row, this code asks for the same
+part of the row AHEAD addresses on, one line at a time (bursts would stall), into the second-level cache (what is on its
+way to the first one occupies its few miss buffers). Tables of addresses have AHEAD entries more than rows.
 """
 # mypy: disable-error-code="import-untyped,misc,untyped-decorator,no-untyped-call,no-any-return,no-untyped-def,type-arg"
 
@@ -21,7 +25,12 @@ from numba.extending import intrinsic
 
 from ds_kernels._cpu.tiles import LANES, Code
 
-__all__ = ["dots", "dots_bf16_pairs", "gather", "prefetch"]
+__all__ = ["AHEAD", "KEYS", "dots", "dots_bf16_pairs", "gather", "prefetch"]
+
+AHEAD = 16
+"""Rows between one that is worked on and one that is prefetched meanwhile."""
+KEYS = 4
+"""Key rows that a call of `dots` takes: with up to four query rows, 16 sums in registers."""
 
 _I16, _I32, _I64, _F32 = ir.IntType(16), ir.IntType(32), ir.IntType(64), ir.FloatType()
 _VECTOR, _INTS = ir.VectorType(_F32, LANES), ir.VectorType(_I32, LANES)
@@ -40,58 +49,80 @@ def _widened(code: Code, address: Any, dtype: int) -> Any:
     return code.b.fpext(value, _VECTOR) if dtype == FP16 else value
 
 
-def _addresses(code: Code, table: Any) -> list[Any]:
-    """The 16 addresses that lie at an address."""
-    return [code.b.load(code.b.inttoptr(code.b.add(table, _I64(8 * j)), _I64.as_pointer())) for j in range(LANES)]
+def _addresses(code: Code, table: Any, first: int) -> list[Any]:
+    """KEYS addresses from the entry `first` of the table at an address on."""
+    places = [code.b.add(table, _I64(8 * (first + j))) for j in range(KEYS)]
+    return [code.b.load(code.b.inttoptr(place, _I64.as_pointer())) for place in places]
 
 
 def _sums(code: Code, vectors: list[Any]) -> Any:
-    """Lane j is the sum of vector j: pairs of vectors are folded until one is left."""
-    while len(vectors) > 1:
-        even = ir.Constant(_INTS, [2 * i for i in range(LANES)])
-        odd = ir.Constant(_INTS, [2 * i + 1 for i in range(LANES)])
+    """Lane j is the sum of vector j: neighbours are folded until one vector is left."""
+    vectors, width = vectors + [_ZERO] * (-len(vectors) % 4), LANES
+    even, odd = (ir.Constant(_INTS, list(range(first, 2 * LANES, 2))) for first in (0, 1))
+    while width > 1:
+        left, right = vectors[::2], vectors[1::2] or vectors
+        right = right + [_ZERO] * (len(left) - len(right))
         vectors = [
             code.b.fadd(code.b.shuffle_vector(a, b, even), code.b.shuffle_vector(a, b, odd))
-            for a, b in zip(vectors[::2], vectors[1::2], strict=True)
+            for a, b in zip(left, right, strict=True)
         ]
+        width //= 2
     return vectors[0]
 
 
-def _dots(dtype: int, pairs: bool) -> Any:
+def _prefetch(builder: Any, address: Any) -> None:
+    pointer = ir.IntType(8).as_pointer()
+    kind = ir.FunctionType(ir.VoidType(), [pointer, _I32, _I32, _I32])
+    function = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
+    builder.call(function, [builder.inttoptr(address, pointer), _I32(0), _I32(2), _I32(1)])
+
+
+def _dots(dtype: int, pairs: bool, num: int) -> Any:
     product = ir.InlineAsm(ir.FunctionType(_VECTOR, [_VECTOR, _INTS, _INTS]), "vdpbf16ps $3, $2, $0", "=v,0,v,v")
     size = 4 if dtype == F32 else 2
 
     @intrinsic
-    def dots(_context: Any, out: Any, query: Any, keys: Any, skip: Any, dim: Any) -> Any:
-        """Addresses of 16 scores, of the query row and of 16 key addresses; bytes that are added to those; the dim."""
+    def dots(_context: Any, out: Any, out_row: Any, query: Any, query_row: Any, keys: Any, skip: Any, dim: Any) -> Any:
+        """Addresses of the scores and of the query rows, each with the bytes between rows, and of KEYS key addresses;
+        bytes that are added to those; the dim."""
 
         def codegen(_ctx: Any, builder: Any, _sig: Any, args: Any) -> Any:
-            out, query, keys, skip, dim = args
+            out, out_row, query, query_row, keys, skip, dim = args
             code = Code(builder)
             if pairs:
                 binding.initialize_native_asmparser()
-            rows = [builder.add(row, skip) for row in _addresses(code, keys)]
+            rows, following = ([builder.add(row, skip) for row in _addresses(code, keys, at)] for at in (0, AHEAD))
+            queries = [builder.add(query, builder.mul(query_row, _I64(i))) for i in range(num)]
             chunk = LANES * (2 if pairs else 1)
 
             def body(step: Any, values: list[Any]) -> list[Any]:
-                first = builder.mul(step, _I64(chunk))
-                left = code.load(query, builder.mul(step, _I64(LANES)), _INTS if pairs else _VECTOR)
-                after = []
-                for row, value in zip(rows, values, strict=True):
-                    place = builder.add(row, builder.mul(first, _I64(size)))
+                offset = builder.mul(step, _I64(size * chunk))
+                lefts = [code.load(row, builder.mul(step, _I64(LANES)), _INTS if pairs else _VECTOR) for row in queries]
+                after = list(values)
+                for j, (row, later) in enumerate(zip(rows, following, strict=True)):
+                    place = builder.add(row, offset)
+                    _prefetch(builder, builder.add(later, offset))
                     if pairs:
                         right = builder.load(builder.inttoptr(place, _INTS.as_pointer()))
                         right.align = 2
-                        after.append(builder.call(product, [value, left, right]))
                     else:
-                        after.append(code.fma(left, _widened(code, place, dtype), value))
+                        right = _widened(code, place, dtype)
+                    for i, left in enumerate(lefts):
+                        at = i * KEYS + j
+                        operands = [values[at], left, right] if pairs else [left, right, values[at]]
+                        after[at] = builder.call(product, operands) if pairs else code.fma(*operands)
                 return after
 
-            totals = code.loop(builder.udiv(dim, _I64(chunk)), [_ZERO] * LANES, body)
-            code.store(_sums(code, totals), out, 0)
+            totals = code.loop(builder.udiv(dim, _I64(chunk)), [_ZERO] * (num * KEYS), body)
+            sums = _sums(code, totals)
+            for i in range(num):
+                part = ir.Constant(ir.VectorType(_I32, KEYS), [i * KEYS + j for j in range(KEYS)])
+                found = builder.shuffle_vector(sums, sums, part)
+                place = builder.add(out, builder.mul(out_row, _I64(i)))
+                builder.store(found, builder.inttoptr(place, found.type.as_pointer()), align=4)
             return ir.Constant(_I64, 0)
 
-        return types.int64(*(types.int64,) * 5), codegen
+        return types.int64(*(types.int64,) * 7), codegen
 
     return dots
 
@@ -114,6 +145,10 @@ def _gather(dtype: int, height: int, width: int) -> Any:
             def body(step: Any, sums: list[Any]) -> list[Any]:
                 place = builder.inttoptr(builder.add(values, builder.shl(step, _I64(3))), _I64.as_pointer())
                 row = builder.add(builder.load(place), skip)
+                after_it = builder.inttoptr(builder.add(builder.ptrtoint(place, _I64), _I64(8 * AHEAD)), place.type)
+                following = builder.add(builder.load(after_it), skip)
+                for line in range(0, size * LANES * width, 64):
+                    _prefetch(builder, builder.add(following, _I64(line)))
                 right = [_widened(code, builder.add(row, _I64(size * LANES * v)), dtype) for v in range(width)]
                 after = []
                 for i in range(height):
@@ -142,20 +177,20 @@ def prefetch(_context: Any, address: Any) -> Any:
     """Ask for the cache line of an address."""
 
     def codegen(_ctx: Any, builder: Any, _sig: Any, args: Any) -> Any:
-        pointer = ir.IntType(8).as_pointer()
-        kind = ir.FunctionType(ir.VoidType(), [pointer, _I32, _I32, _I32])
-        function = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
-        builder.call(function, [builder.inttoptr(args[0], pointer), _I32(0), _I32(3), _I32(1)])
+        _prefetch(builder, args[0])
         return ir.Constant(_I64, 0)
 
     return types.int64(types.int64), codegen
 
 
-dots: dict[int, Any] = {dtype: _dots(dtype, False) for dtype in (F32, BF16, FP16)}
-dots_bf16_pairs = _dots(BF16, True)
+_HEIGHTS = (1, 2, 3, 4)
+dots: dict[tuple[int, int], Any] = {
+    (dtype, height): _dots(dtype, False, height) for dtype in (F32, BF16, FP16) for height in _HEIGHTS
+}
+dots_bf16_pairs: dict[int, Any] = {height: _dots(BF16, True, height) for height in _HEIGHTS}
 gather: dict[tuple[int, int, int], Any] = {
     (dtype, height, width): _gather(dtype, height, width)
     for dtype in (F32, BF16, FP16)
-    for height in (1, 2, 3, 4)
+    for height in _HEIGHTS
     for width in (1, 4)
 }

@@ -1,9 +1,13 @@
-"""Decoding in numba: one query per sequence, its keys and values streamed out of the pages once, at memory bandwidth.
+"""Decoding in numba: one query per sequence, its keys and values streamed out of the pages once.
 
 An item is (sequence, split): SPLIT keys of a context, all heads of it, because those lie side by side in a page. Keys
-and values are walked 16 rows at a time, the next ones fetched ahead; the query rows of a group share what is in
-L1. A context of several splits leaves (maximum, sum, unscaled output) per split, merged by `merge`. Splits are of fixed
-length, so the number of threads changes no bits.
+and values are walked 16 rows at a time, the next ones fetched ahead (`rows`); the query rows of a group share what they
+read. A context of several splits leaves (maximum, sum, unscaled output) per split, merged by `merge`. Splits are of
+fixed length, so the number of threads changes no bits.
+
+Pages that are scattered over ordinary 4 KB pages of memory cost more address translations than reading them in order:
+where plain reads of random 8 KB reach less than half of the memory's bandwidth, so does this. A cache on huge pages
+(THP_MEM_ALLOC_ENABLE=1 lets torch allocate them) is 1.2-1.5 times as fast.
 """
 # mypy: disable-error-code="misc,untyped-decorator,no-untyped-call,no-untyped-def,index"
 
@@ -26,7 +30,7 @@ from ds_kernels._cpu.intrinsics import (
     u8_array,
 )
 from ds_kernels._cpu.launch import FASTMATH, kernel
-from ds_kernels._cpu.rows import dots, dots_bf16_pairs, gather, prefetch
+from ds_kernels._cpu.rows import AHEAD, KEYS, dots, dots_bf16_pairs, gather, prefetch
 from ds_kernels._cpu.tiles import HAS_BF16_DOT, column_exp, column_max
 
 __all__ = ["SPLIT", "decode", "merge", "write"]
@@ -38,13 +42,35 @@ EXTRA = 2
 BF16, FP16 = 1, 2
 LOG2E = 1.4426950408889634
 
-_dots_f32, _dots_bf16, _dots_fp16 = dots[0], dots[1], dots[2]
 _f14, _f24, _f34, _f44 = (gather[0, i, 4] for i in (1, 2, 3, 4))
 _f11, _f21, _f31, _f41 = (gather[0, i, 1] for i in (1, 2, 3, 4))
 _b14, _b24, _b34, _b44 = (gather[1, i, 4] for i in (1, 2, 3, 4))
 _b11, _b21, _b31, _b41 = (gather[1, i, 1] for i in (1, 2, 3, 4))
 _h14, _h24, _h34, _h44 = (gather[2, i, 4] for i in (1, 2, 3, 4))
 _h11, _h21, _h31, _h41 = (gather[2, i, 1] for i in (1, 2, 3, 4))
+
+
+def _products(one, two, three, four):
+    """The dots of one dtype as a function of the number of rows, over many keys."""
+
+    @njit(inline="never")
+    def products(height, keys, out, out_row, query, query_row, table, skip, dim):
+        step, far = 4 * KEYS, 8 * KEYS
+        for j in range((keys + KEYS - 1) // KEYS):
+            if height == 1:
+                one(out + j * step, out_row, query, query_row, table + j * far, skip, dim)
+            elif height == 2:
+                two(out + j * step, out_row, query, query_row, table + j * far, skip, dim)
+            elif height == 3:
+                three(out + j * step, out_row, query, query_row, table + j * far, skip, dim)
+            else:
+                four(out + j * step, out_row, query, query_row, table + j * far, skip, dim)
+
+    return products
+
+
+_dots_f32, _dots_bf16, _dots_fp16 = (_products(*(dots[code, i] for i in (1, 2, 3, 4))) for code in (0, 1, 2))
+_dots_pairs = _products(*(dots_bf16_pairs[i] for i in (1, 2, 3, 4))) if HAS_BF16_DOT else _dots_bf16
 
 
 def _chooser(one4, two4, three4, four4, one1, two1, three1, four1):
@@ -106,41 +132,34 @@ def _weights(s, keys, scale, lanes):
     return highest, lanes[16:32].sum()
 
 
-@njit(inline="always")
-def _fetch(rows, first, end, skip, width):
-    for j in range(first, end):
-        for line in range(rows[j] + skip, rows[j] + skip + width, 64):
-            prefetch(line)
-
-
 @njit(inline="never", fastmath=FASTMATH)
-def _scores(code, pairs, s, query, heads, group, keys, k_at, head_bytes, dim, width):
+def _scores(code, pairs, s, query, heads, group, keys, k_at, head_bytes, dim):
     """s[h, j] for 16 keys at a time and all heads of them, as they lie in a page (s and query are addresses)."""
-    addresses = k_at.ctypes.data
+    query_row = (2 if pairs else 4) * dim
     for j in range(0, keys, 16):
+        count, table = min(16, keys - j), k_at.ctypes.data + 8 * j
         for head in range(heads):
             skip = head * head_bytes
-            _fetch(k_at, min(j + 16, keys), min(j + 32, keys), skip, width)
-            for h in range(head * group, (head + 1) * group):
-                out = s + 4 * (h * SPLIT + j)
-                if HAS_BF16_DOT and pairs:
-                    dots_bf16_pairs(out, query + 2 * h * dim, addresses + 8 * j, skip, dim)
+            for h in range(head * group, (head + 1) * group, 4):
+                height = min(4, (head + 1) * group - h)
+                out, row = s + 4 * (h * SPLIT + j), query + h * query_row
+                if pairs:
+                    _dots_pairs(height, count, out, 4 * SPLIT, row, query_row, table, skip, dim)
                 elif code == BF16:
-                    _dots_bf16(out, query + 4 * h * dim, addresses + 8 * j, skip, dim)
+                    _dots_bf16(height, count, out, 4 * SPLIT, row, query_row, table, skip, dim)
                 elif code == FP16:
-                    _dots_fp16(out, query + 4 * h * dim, addresses + 8 * j, skip, dim)
+                    _dots_fp16(height, count, out, 4 * SPLIT, row, query_row, table, skip, dim)
                 else:
-                    _dots_f32(out, query + 4 * h * dim, addresses + 8 * j, skip, dim)
+                    _dots_f32(height, count, out, 4 * SPLIT, row, query_row, table, skip, dim)
 
 
 @njit(inline="never", fastmath=FASTMATH)
-def _outputs(code, o, s, heads, group, keys, v_at, head_bytes, dim, width):
+def _outputs(code, o, s, heads, group, keys, v_at, head_bytes, dim):
     """o[h, :] += the weights times the values, for 16 keys at a time and all heads of them; o and s are addresses."""
     for j in range(0, keys, 16):
         count, addresses = min(16, keys - j), v_at.ctypes.data + 8 * j
         for head in range(heads):
             skip = head * head_bytes
-            _fetch(v_at, min(j + 16, keys), min(j + 32, keys), skip, width)
             for h in range(head * group, (head + 1) * group, 4):
                 height = min(4, (head + 1) * group - h)
                 out, weights, first = o + 4 * h * dim, s + 4 * (h * SPLIT + j), 0
@@ -155,25 +174,34 @@ def _outputs(code, o, s, heads, group, keys, v_at, head_bytes, dim, width):
                     first += 16 * size
 
 
+@njit(inline="always")
+def _fetch(rows, count, skip, width):
+    """Ask for the first rows of one head."""
+    for j in range(count):
+        for line in range(rows[j] + skip, rows[j] + skip + width, 64):
+            prefetch(line)
+
+
 @njit(inline="never")
-def _locate(a, table, start, keys, k_at, v_at):
-    """The addresses of the rows of keys and values from `start` on, those of keys filled up to a multiple of 16."""
+def _locate(a, table, start, keys, more, k_at, v_at):
+    """The addresses of `keys` rows of keys and values from `start` on, and of `more` behind them, which are only
+    prefetched; the last one fills the tables up."""
     size, itemsize = a[15], 4 if a[14] == 0 else 2
     j, place, row = 0, start // size, start % size
-    while j < keys:
+    while j < keys + more:
         page = np.int64(table[place])
         if page < 0 or page >= a[16]:
             i64_array(a, 10, 1)[0] = 1
             page = np.int64(0)
-        here = min(keys - j, size - row)
+        here = min(keys + more - j, size - row)
         k_first = a[4] + itemsize * (page * a[22] + row * a[24])
         v_first = a[5] + itemsize * (page * a[25] + row * a[27])
         for i in range(here):
             k_at[j + i] = k_first + itemsize * i * a[24]
             v_at[j + i] = v_first + itemsize * i * a[27]
         j, place, row = j + here, place + 1, 0
-    for j in range(keys, (keys + 15) // 16 * 16):
-        k_at[j] = k_at[keys - 1]
+    for i in range(max(j, 1), (keys + 15) // 16 * 16 + AHEAD):
+        k_at[i], v_at[i] = k_at[j - 1], v_at[j - 1]
 
 
 @kernel
@@ -189,7 +217,7 @@ def decode(a):
     query, query16 = np.empty(heads * dim, np.float32), np.empty(heads * dim, np.uint16)
     s, o = np.empty(heads * SPLIT, np.float32), np.empty(heads * dim, np.float32)
     heights, totals = np.empty(heads, np.float32), np.empty(heads, np.float32)
-    k_at, v_at, lanes = np.empty(SPLIT, np.int64), np.empty(SPLIT, np.int64), np.zeros(48, np.float32)
+    k_at, v_at, lanes = np.empty(SPLIT + AHEAD, np.int64), np.empty(SPLIT + AHEAD, np.int64), np.zeros(48, np.float32)
     low = take(a)
     while low < total(a):
         for item in range(low, min(low + grain(a), total(a))):
@@ -201,21 +229,23 @@ def decode(a):
                 continue
             keys = max(0, min(SPLIT, length - start))
             table = i32_array(a, 8, (sequence + 1) * a[28])[sequence * a[28] :]
-            _locate(a, table, start, keys, k_at, v_at)
+            _locate(a, table, start, keys, min(AHEAD, length - start - keys), k_at, v_at)
             for h in range(heads):
                 load(a, 3, code, token * a[20] + h * a[21], dim, query[h * dim : (h + 1) * dim])
             if pairs:
                 for d in range(heads * dim):
                     query16[d] = f32_to_bf16(query[d])
             source = query16.ctypes.data if pairs else query.ctypes.data
-            _scores(code, pairs, s.ctypes.data, source, kv_heads, group, keys, k_at, itemsize * a[23], dim, width)
+            _scores(code, pairs, s.ctypes.data, source, kv_heads, group, keys, k_at, itemsize * a[23], dim)
             o[:] = np.float32(0.0)
             several = length - begin > SPLIT
             begins, step = (index * heads * splits + split) * (dim + EXTRA), splits * (dim + EXTRA)
             for h in range(heads):
+                if h % group == 0:
+                    _fetch(v_at, min(16, keys), h // group * itemsize * a[26], width)
                 highest, sum_ = _weights(s[h * SPLIT : (h + 1) * SPLIT], keys, scale, lanes)
                 heights[h], totals[h] = highest, sum_
-            _outputs(code, o.ctypes.data, s.ctypes.data, kv_heads, group, keys, v_at, itemsize * a[26], dim, width)
+            _outputs(code, o.ctypes.data, s.ctypes.data, kv_heads, group, keys, v_at, itemsize * a[26], dim)
             for h in range(heads):
                 row = o[h * dim : (h + 1) * dim]
                 if several:
