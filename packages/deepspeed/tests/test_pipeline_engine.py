@@ -67,3 +67,26 @@ def test_three_stages_and_four() -> None:
     unsplit = run_ranks(train_unsplit, 1, "tied", config, STEPS)[0]
     for stages in (1, 3, 4):
         check_equal(run_ranks(train_pipeline, stages, "tied", config, STEPS, stages), unsplit)
+
+
+@pytest.mark.parametrize(("stage", "schedule"), [(0, "1f1b"), (3, "1f1b"), (3, "zb_v")])
+def test_gloo(stage: int, schedule: str) -> None:
+    """At stage 3 a gather copies there, is collective, and is started ahead where the order is known."""
+    config = make_config(stage, "bf16", NUM)
+    pipelined = run_ranks(train_pipeline, 4, "tied", config, STEPS, 2, CHUNKS[schedule], transport="gloo")
+    check_equal(pipelined, run_ranks(train_unsplit, 2, "tied", config, STEPS)[0])
+
+
+@pytest.mark.parametrize(("stage", "schedule"), [(0, "1f1b"), (3, "1f1b"), (3, "zb_h1")])
+def test_recomputing_activations_changes_no_bit(stage: int, schedule: str) -> None:
+    config = make_config(stage, "bf16", NUM, pipeline={"schedule": schedule, "activation_checkpoint_interval": 2})
+    pipelined = run_ranks(train_pipeline, 4, "tied", config, STEPS)
+    check_equal(pipelined, run_ranks(train_unsplit, 2, "tied", config, STEPS)[0])
+
+
+def test_one_micro_batch_and_a_gradient_dtype() -> None:
+    """Nothing accumulates: means, not sums, are what the holders of a tied weight exchange."""
+    for stage in (0, 2):
+        config = make_config(stage, "bf16", 1, data_types={"grad_accum_dtype": "fp32"})
+        pipelined = run_ranks(train_pipeline, 4, "tied", config, STEPS)
+        check_equal(pipelined, run_ranks(train_unsplit, 2, "tied", config, STEPS)[0])
