@@ -72,7 +72,9 @@ def check(cache: Cache, queries: list[int] | None, heads: int, window: int | Non
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize(("heads", "kv_heads", "dim"), [(3, 1, 64), (8, 2, 32), (4, 2, 64), (2, 2, 16), (5, 1, 80)], ids=str)
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "dim"), [(3, 1, 64), (8, 2, 32), (4, 2, 64), (2, 2, 16), (5, 1, 80)], ids=str
+)
 def test_decode(backend: str, heads: int, kv_heads: int, dim: int, dtype: torch.dtype) -> None:
     check(Cache([1, 37, 16, 33], kv_heads, dim, 16, dtype), None, heads)
 
