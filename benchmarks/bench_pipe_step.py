@@ -29,17 +29,21 @@ def main() -> None:
     """Run all parts that `--only` leaves, and append the results."""
     parser = _common.options(__doc__)
     parser.add_argument("--rounds", type=int, help="steps of each contender (default 7, quick 2)")
-    parser.add_argument("--names", help="comma-separated, such as torch@own,1f1b@12 (default: all, and cuts by own)")
+    parser.add_argument("--names", help="comma-separated, such as torch@own,1f1b@12 and no more; see _pipe_worker.py")
     options = parser.parse_args()
     options.rounds = options.rounds or (2 if options.quick else 7)
-    pair = Contender("pipe", script="_pipe_worker.py", extra={"micro_batches": MICRO_BATCHES, "profile": True})
+    pair = Contender(
+        "pipe", script="_pipe_worker.py", extra={"micro_batches": MICRO_BATCHES, "repeats": 2 if options.quick else 5}
+    )
     engine = replace(pair, kind="engine")
     with Bench("pipe_step", options) as bench:
         only = options.only.split(",") if options.only else ["steps", "ours", "upstream"]
         if "steps" in only:
             with bench.start(pair) as group:
                 plan = steps(bench, group, options)
-            with bench.start(replace(pair, extra={"micro_batches": MICRO_BATCHES, "profile": False})) as group:
+            if options.names:
+                return
+            with bench.start(replace(pair, extra={"micro_batches": MICRO_BATCHES, "repeats": 0})) as group:
                 memory(bench, group, plan)
         sides = [engine] if "ours" in only else []
         if "upstream" in only and options.peer_python:
@@ -55,15 +59,16 @@ def steps(bench: Bench, group: RankGroup, options: argparse.Namespace) -> dict[s
     own = plan["1f1b"]["parts"][1] - 2
     default = [*CONTENDERS, *(f"1f1b@{own + more}" for more in NEIGHBOURS)]
     names = options.names.split(",") if options.names else default
-    found: dict[str, list[dict[str, Any]]] = {name: [] for name in [*names, "compute"]}
+    found: dict[str, list[dict[str, Any]]] = {name: [] for name in names + ["compute"] * (not options.names)}
     for name in names:  # the first step of each makes its channels and buffers
         group.ask({"do": "step", "name": name})
     for round_ in range(options.rounds):
         for name in [*names[round_ % len(names) :], *names[: round_ % len(names)]]:
             found[name].append(combined(group.ask({"do": "step", "name": name})))
-        found["compute"].append(combined(group.ask({"do": "compute", "name": OWN})))
+        if not options.names:
+            found["compute"].append(combined(group.ask({"do": "compute", "name": OWN})))
     medians = {name: _common.summary([step["seconds"] for step in turns]) for name, turns in found.items()}
-    replayed = {name: replay(group, name) for name in names if name.endswith("@own") and name != "torch@own"}
+    replayed = {name: replay(group, name) for name in names if name in CONTENDERS[1:4]}
     for name in found:
         schedule, _, cut = name.partition("@")
         own_plan = plan.get(schedule, {}) if cut == "own" else {}
