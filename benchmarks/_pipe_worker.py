@@ -4,7 +4,7 @@ Speaks as `worker.py` does, under our interpreter as well as the peer's. One pai
 same weights, by name: SCHEDULE@CUT, with a schedule of ds-pipe or `torch` (`torch.distributed.pipelining`'s 1F1B), and
 a cut: `own` (by measured cost), `even` (the blocks in halves) or the number of blocks on the first stage. `engine` is
 `deepspeed.initialize` with a `PipelineModule`, with its own default split, optimizer included.
-Commands: `{"do": "step" | "timeline" | "compute", "name": NAME}`, `{"do": "plan"}`, `{"do": "exit"}`.
+Commands: `{"do": "step" | "timeline" | "compute" | "held", "name": NAME}`, `{"do": "plan"}`, `{"do": "exit"}`.
 """
 
 from __future__ import annotations
@@ -169,6 +169,11 @@ class Ours:
         seconds = time.perf_counter() - start
         runner.observers.clear()
         return {"spans": spans, "seconds": seconds}
+
+    def held(self, name: str, data: Pairs) -> dict[str, Any]:
+        """Per stage, the bytes that activations hold at most in a step, counted storage by storage."""
+        found = self.pipe.measure_memory(self.get(name)[1], iter(data))
+        return {"peak_mb": [nbytes / 1e6 for nbytes in found.peak]}
 
     def compute(self, name: str, data: Pairs) -> dict[str, Any]:
         """Seconds of this stage's forwards and backwards without any communication, on made-up inputs."""

@@ -69,6 +69,7 @@ def steps(bench: Bench, group: RankGroup, options: argparse.Namespace) -> dict[s
             found["compute"].append(combined(group.ask({"do": "compute", "name": OWN})))
     medians = {name: _common.summary([step["seconds"] for step in turns]) for name, turns in found.items()}
     replayed = {name: replay(group, name) for name in names if name in CONTENDERS[1:4]}
+    held = {name: group.ask({"do": "held", "name": name})[0]["peak_mb"] for name in replayed}
     for name in found:
         schedule, _, cut = name.partition("@")
         own_plan = plan.get(schedule, {}) if cut == "own" else {}
@@ -78,12 +79,15 @@ def steps(bench: Bench, group: RankGroup, options: argparse.Namespace) -> dict[s
             step_s=medians[name],
             loss=found[name][-1].get("loss"),
             replayed_s=replayed.get(name),
-            **{key: own_plan.get(key) for key in ("parts", "simulated_s")},
+            held_mb=held.get(name),
+            **{key: own_plan.get(key) for key in ("parts", "simulated_s", "activation_mb")},
             profile_s=plan["profile_s"] if name == OWN else None,
         )
         print(f"  {name}: {medians[name]['median']:.3f} s, {share(found, names[0], name)} x {names[0]}", flush=True)
     for name, times in replayed.items():
-        print(f"  {name} planned {plan[name.partition('@')[0]]['simulated_s']:.3f} s, replayed {times}", flush=True)
+        own_plan = plan[name.partition("@")[0]]
+        print(f"  {name} planned {own_plan['simulated_s']:.3f} s, replayed {times}", flush=True)
+        print(f"  {name} activations of {held[name]} MB, planned {own_plan['activation_mb']}", flush=True)
     print(f"  cut: {own} blocks and the rest, profiled in {plan['profile_s']:.1f} s", flush=True)
     return plan
 
