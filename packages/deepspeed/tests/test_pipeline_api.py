@@ -105,29 +105,64 @@ def test_every_way_to_give_data_trains_alike() -> None:
         assert all(losses == runs[0] for losses in runs)
 
 
-def another_batch_size() -> tuple[int, int, list[float]]:
-    engine = make_pipeline("plain", config_of())
-    engine.set_train_batch_size(2 * 2 * 3)
+def changing_batches(schedule: str, options: dict[str, Any]) -> list[float]:
+    """More micro-batches, then longer sequences, then larger micro-batches, an evaluation before each step."""
+    engine = make_pipeline("plain", config_of(pipeline={"schedule": schedule}), **options)
+    replica = engine.get_data_parallel_rank()
+    losses = []
+    for step, (num, rows, length) in enumerate(SHAPES):
+        if num != engine.micro_batches:
+            engine.set_train_batch_size(rows * 2 * num)
+        if rows != engine.train_micro_batch_size_per_gpu():
+            engine.set_train_micro_batch_size(rows)
+        elif length != SHAPES[0][2]:
+            engine.reset_activation_shape()
+        assert engine.get_batch_info() == (rows * 2 * num, rows, num)
+        batches = [resized(replica, step, i, rows, length) for i in range(num)]
+        engine.eval_batch(iter(batches))
+        losses.append(engine.train_batch(iter(batches)).item())
+    assert engine.global_samples == sum(rows * 2 * num for num, rows, _ in SHAPES)
     with pytest.raises(ValueError, match="not divisible"):
         engine.set_train_batch_size(9)
-    source = data(engine.get_data_parallel_rank(), range(2), 3)
-    losses = [engine.train_batch(source).item() for _ in range(2)]
-    found = engine.micro_batches, engine.global_samples, losses
-    engine.destroy()
-    return found
-
-
-def fixed_batch_size() -> list[float]:
-    engine = make_pipeline("plain", make_config(1, "fp32", 3))
-    source = data(engine.get_data_parallel_rank(), range(2), 3)
-    losses = [engine.train_batch(source).item() for _ in range(2)]
     engine.destroy()
     return losses
 
 
-def test_the_batch_size_can_change() -> None:
-    expected = run_ranks(fixed_batch_size, 4)[0]
-    assert run_ranks(another_batch_size, 4) == [(3, 24, expected)] * 4
+SHAPES = [(NUM, 2, 5), (3, 2, 5), (3, 2, 7), (3, 4, 7)]
+"""Number of micro-batches, samples in each, tokens in each sample."""
+
+
+def resized(replica: int, step: int, index: int, rows: int, length: int) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(10_000 * replica + 100 * step + index)
+    tokens = torch.randint(VOCABULARY, (rows, length), generator=generator)
+    return tokens, tokens.roll(1, dims=1)
+
+
+def changing_batches_unsplit() -> list[float]:
+    module = Unsplit(LAYERS["plain"]())
+    engine = deepspeed.initialize(model=module, model_parameters=module.parameters(), config=config_of())[0]
+    losses = []
+    for step, (num, rows, length) in enumerate(SHAPES):
+        engine.set_train_batch_size(engine.train_micro_batch_size_per_gpu() * 2 * num)
+        total = torch.zeros(())
+        for i in range(num):
+            inputs, labels = resized(ds_comm.get_rank(), step, i, rows, length)
+            loss = loss_fn(engine(inputs), labels)
+            engine.backward(loss)
+            engine.set_gradient_accumulation_boundary(i == num - 1)
+            engine.step()
+            total += loss.detach()
+        mean = total / num
+        ds_comm.all_reduce(mean)
+        losses.append((mean / 2).item())
+    engine.destroy()
+    return losses
+
+
+@pytest.mark.parametrize(("schedule", "options"), [("1f1b", {}), ("zb_v", {"num_chunks": 2, "placement": "v"})])
+def test_batches_may_change_and_evaluations_come_between(schedule: str, options: dict[str, Any]) -> None:
+    expected = run_ranks(changing_batches_unsplit, 2)[0]
+    assert run_ranks(changing_batches, 4, schedule, options) == [expected] * 4
 
 
 # -- the grid -----------------------------------------------------------------------------------------------------

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -117,7 +118,8 @@ class PipelineEngine(DeepSpeedEngine):
         optimizer = self._training_optimizer("train_batch")
         if data_iter is not None:
             self.set_dataiterator(data_iter)
-        self.module.train()
+        if not self.module.training:
+            self.module.train()
         self.tput_timer.start()
         self.timers(TRAIN_BATCH).start()
         with self._failing_together():
@@ -210,20 +212,20 @@ class PipelineEngine(DeepSpeedEngine):
             if self._data is None and self.training_dataloader is not None:
                 self._data = RepeatingLoader(self.training_dataloader)
             given = self._data
-        return given if given is None else map(self._prepared, given)
-
-    def _prepared(self, batch: Any) -> Any:
-        if self._batch_fn is not None:
-            batch = self._batch_fn(batch)
-        if self._config.fp16.enabled and self._config.fp16.auto_cast and isinstance(batch, (tuple, list)):
-            batch = (half(batch[0]), *batch[1:])
-        return _moved(batch, self.device)
+        fp16 = self._config.fp16.enabled and self._config.fp16.auto_cast
+        prepare = partial(_prepared, fn=self._batch_fn, halve=fp16, device=self.device)
+        return given if given is None else map(prepare, given)
 
     # -- changes at run time --------------------------------------------------------------------------------------
 
     def set_train_batch_size(self, train_batch_size: int) -> None:
         """Change the batch by changing the number of micro-batches; ValueError if it does not divide."""
         super().set_train_batch_size(train_batch_size)
+        self._runner = self._make_runner()
+
+    def set_train_micro_batch_size(self, micro_batch_size: int) -> None:
+        """Change the micro-batch, their number staying as it is."""
+        super().set_train_micro_batch_size(micro_batch_size)
         self._runner = self._make_runner()
 
     def reset_activation_shape(self) -> None:
@@ -306,6 +308,14 @@ def _schedule(name: str, module: PipelineModule, num_micro_batches: int) -> ds_p
         loop = module.placement == tuple(range(stages)) * chunks
         name = "1f1b" if chunks == 1 else "interleaved" if loop else "zb_v"
     return ds_pipe.build(name, stages, num_micro_batches, chunks if name == "interleaved" else None)
+
+
+def _prepared(batch: Any, *, fn: Callable[[Any], Any] | None, halve: bool, device: torch.device) -> Any:
+    """A micro-batch as the data give it, made (inputs, labels) on `device`, with floating inputs in fp16 if asked."""
+    batch = batch if fn is None else fn(batch)
+    if halve and isinstance(batch, (tuple, list)):
+        batch = (half(batch[0]), *batch[1:])
+    return _moved(batch, device)
 
 
 def _moved(value: Any, device: torch.device) -> Any:
