@@ -3,7 +3,7 @@
 Speaks as `worker.py` does, under our interpreter as well as the peer's. One pair of ranks runs many contenders over the
 same weights, by name: SCHEDULE@CUT, with a schedule of ds-pipe or `torch` (`torch.distributed.pipelining`'s 1F1B), and
 a cut: `own` (by measured cost), `even` (the blocks in halves) or the number of blocks on the first stage. `engine` is
-`deepspeed.initialize` with a `PipelineModule`, with its own default split, optimizer included.
+`deepspeed.initialize` with a `PipelineModule`, optimizer included, with its default split, or ours by measured cost.
 Commands: `{"do": "step" | "timeline" | "compute" | "held", "name": NAME}`, `{"do": "plan"}`, `{"do": "exit"}`.
 """
 
@@ -225,7 +225,11 @@ class Peer:
         layers: list[nn.Module] = [Slice(model, 0, 0, embeds=True, ends=False)]
         layers += [Slice(model, index, index + 1, embeds=False, ends=False) for index in range(count)]
         layers.append(Slice(model, 0, 0, embeds=False, ends=True))
-        module = PipelineModule(layers, num_stages=STAGES, loss_fn=next_token_loss)
+        options: dict[str, Any] = {}
+        if spec.get("measured"):  # ours only: upstream has no such split
+            sample = micro_batches(Path(spec["folder"]), 0, 1)[0]
+            options = {"partition_method": "profile", "profile_sample": sample}
+        module = PipelineModule(layers, num_stages=STAGES, loss_fn=next_token_loss, **options)
         config = {
             "train_micro_batch_size_per_gpu": 1,
             "gradient_accumulation_steps": spec["micro_batches"],
@@ -233,6 +237,8 @@ class Peer:
             "optimizer": {"type": "AdamW", "params": ADAMW},
             "steps_per_print": 1000000,
         }
+        if "schedule" in spec:
+            config["pipeline"] = {"schedule": spec["schedule"]}
         parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
         self.engine = deepspeed.initialize(model=module, model_parameters=parameters, config=config)[0]
         self.split = [int(bound) for bound in module.parts]

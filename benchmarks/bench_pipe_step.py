@@ -4,7 +4,8 @@
 at the cut that is found by measuring, ours at the even cut and at neighbours of its own, Schedule1F1B of
 `torch.distributed.pipelining` at both cuts; forward and backward only. Next to them the time that is simulated, from
 the measured costs of layers before the run and from the measured actions of a run, and computing alone. Then, optimizer
-included, `deepspeed.initialize` with a PipelineModule, ours and upstream's, each with its own default split.
+included, `deepspeed.initialize` with a PipelineModule: upstream's and ours with the default split (by parameters), ours
+with the split by measured cost, and that with zb_h1.
 """
 
 from __future__ import annotations
@@ -23,6 +24,11 @@ MICRO_BATCHES = 8
 OWN = "1f1b@own"
 CONTENDERS = ["torch@own", OWN, "zb_h1@own", "zb_v@own", "1f1b@even", "torch@even"]
 NEIGHBOURS = (-2, -1, 1, 2)
+ENGINES: dict[str, dict[str, Any]] = {
+    "default": {},
+    "measured": {"measured": True},
+    "zb_h1": {"measured": True, "schedule": "zb_h1"},
+}
 
 
 def main() -> None:
@@ -45,7 +51,7 @@ def main() -> None:
                 return
             with bench.start(replace(pair, extra={"micro_batches": MICRO_BATCHES, "repeats": 0})) as group:
                 memory(bench, group, plan)
-        sides = [engine] if "ours" in only else []
+        sides = [replace(engine, extra={**pair.extra, **ENGINES[name]}) for name in ENGINES if "ours" in only]
         if "upstream" in only and options.peer_python:
             sides.append(replace(engine, upstream=True))
         if sides:
@@ -139,7 +145,7 @@ def replay(group: RankGroup, name: str) -> dict[str, float]:
 
 
 def engines(bench: Bench, groups: list[RankGroup], options: argparse.Namespace) -> None:
-    """The two engines, in turns."""
+    """All engines, in turns."""
     found: list[list[dict[str, Any]]] = [[] for _ in groups]
     plans = [group.ask({"do": "plan"})[0] for group in groups]
     for round_ in range(options.rounds + 1):
@@ -150,7 +156,9 @@ def engines(bench: Bench, groups: list[RankGroup], options: argparse.Namespace) 
     for group, turns, plan in zip(groups, found, plans, strict=True):
         step_s = _common.summary([turn["seconds"] for turn in turns])
         bench.write(group.contender, what="engine", step_s=step_s, loss=turns[-1]["loss"], parts=plan["parts"])
-        print(f"  engine, {group.contender.label}: {step_s['median']:.3f} s, split {plan['parts']}", flush=True)
+        options = {key: value for key, value in group.contender.extra.items() if key in ("measured", "schedule")}
+        name = f"engine, {group.contender.label} {options or ''}"
+        print(f"  {name}: {step_s['median']:.3f} s, split {plan['parts']}", flush=True)
 
 
 if __name__ == "__main__":

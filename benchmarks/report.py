@@ -38,6 +38,8 @@ def render(results: Path) -> str:
         "overhead": overhead,
         "checkpoint": checkpoint,
         "comm_collectives": collectives,
+        "pipe_step": pipe_step,
+        "pipe_schedules": pipe_schedules,
     }
     parts = ["# Benchmark results\n"]
     for name, section in sections.items():
@@ -214,6 +216,36 @@ def checkpoint(rows: list[Row]) -> str:
     ]
     head += ["load s", "durable / dd", "stall / upstream", "call / upstream", "load: upstream / ours"]
     return section("Checkpoints", list(latest.values()), table(head, body))
+
+
+def pipe_step(rows: list[Row]) -> str:
+    """Pipelines: steps next to what was planned for them, and against torch's schedule at the same cut."""
+    latest = [row for group in newest(rows, "what", "contender").values() for row in group if "step_s" in row]
+    peers = {(row["run"], row["what"]): row["step_s"] for row in latest if row["contender"] in ("pipe", "upstream")}
+    body = []
+    for row in latest:
+        engine = row["what"] == "engine"
+        peer = peers.get((row["run"], "engine" if engine else f"torch@{row['what'].partition('@')[2]}"))
+        options = {key: value for key, value in row.get("extra", {}).items() if key in ("measured", "schedule")}
+        name = f"engine, {row['contender']} {options or ''}" if engine else row["what"]
+        planned, parts = row.get("simulated_s"), row.get("parts")
+        body.append(
+            [name, row["step_s"]["median"], planned, ratio(row["step_s"], planned), ratio(peer, row["step_s"]), parts]
+        )
+    head = ["contender", "s per step", "planned s", "step / planned", "times faster than its peer", "cut"]
+    return section("Pipelines, two stages", latest, table(head, body))
+
+
+def pipe_schedules(rows: list[Row]) -> str:
+    """Seconds to make and prove schedules."""
+    latest = [row for group in newest(rows, "contender", "stages", "micro_batches").values() for row in group]
+    names = ("generate_s", "validate_s", "simulate_s", "proven_s")
+    body = [
+        [row["contender"], row["stages"], row["micro_batches"], *(row[name]["median"] for name in names)]
+        for row in latest
+    ]
+    head = ["schedule", "stages", "micro-batches", "generate s", "validate s", "simulate s", "generate and validate s"]
+    return section("Schedules", latest, table(head, body))
 
 
 def collectives(rows: list[Row]) -> str:
