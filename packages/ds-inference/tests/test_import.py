@@ -10,6 +10,7 @@ from importlib.resources import files
 import pytest
 
 import ds_inference
+from ds_inference import errors
 
 
 def test_version_is_the_distributions() -> None:
@@ -20,9 +21,17 @@ def test_version_is_the_distributions() -> None:
     assert ds_inference.__version__ == installed
 
 
-def test_exports_are_exactly_what_is_public() -> None:
-    public = {name for name in vars(ds_inference) if not name.startswith("_") and name != "annotations"}
-    assert public | {"__version__"} == set(ds_inference.__all__)
+def test_every_export_is_there() -> None:
+    for name in ds_inference.__all__:
+        assert getattr(ds_inference, name) is not None
+    assert set(ds_inference.__all__) <= set(dir(ds_inference))
+    with pytest.raises(AttributeError, match="no attribute 'Schedular'"):
+        ds_inference.Schedular
+
+
+def test_every_error_is_a_builtin_too() -> None:
+    for name in errors.__all__:
+        assert issubclass(getattr(errors, name), (ValueError, RuntimeError, OSError))
 
 
 def test_type_information_is_shipped() -> None:
@@ -30,7 +39,7 @@ def test_type_information_is_shipped() -> None:
 
 
 def test_import_starts_nothing() -> None:
-    """No other heavy module is pulled in, nothing is written: an empty package costs nothing to import."""
-    code = "import sys, ds_inference; print(sorted({'torch', 'triton', 'numba'} & set(sys.modules)))"
+    """No heavy module is pulled in, nothing is written: names are imported when they are used."""
+    code = "import sys, ds_inference; print(sorted({'torch', 'triton', 'numba', 'pydantic'} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
     assert (done.stdout.strip(), done.stderr) == ("[]", "")

@@ -1,11 +1,66 @@
 """Inference and serving of PyTorch models that do not fit one device.
 
-This release holds the package's name and version only. The inference engine (dtype, tensor parallelism, weight-only
-quantisation) and the serving engine (paged key/value cache, continuous batching) come with later releases.
+Serving, the half that plans and needs no torch: requests (`SamplingParams`, `Request`), the blocks of a paged cache
+(`BlockManager`) and continuous batching (`Scheduler`). Names are imported when they are first used.
 """
 
 from __future__ import annotations
 
+import importlib
+from typing import TYPE_CHECKING, Any
+
 from ds_inference.__about__ import __version__
 
-__all__ = ["__version__"]
+if TYPE_CHECKING:
+    from ds_inference.errors import (
+        CapacityError,
+        CheckpointError,
+        ConfigError,
+        LogitsError,
+        PlanError,
+        RequestError,
+    )
+    from ds_inference.serve.blocks import BlockManager
+    from ds_inference.serve.request import Request, RequestState, SamplingParams
+    from ds_inference.serve.scheduler import Progress, Scheduler, SchedulerLimits, StepPlan, Work
+
+_NAMES = {
+    "errors": ("CapacityError", "CheckpointError", "ConfigError", "LogitsError", "PlanError", "RequestError"),
+    "serve.blocks": ("BlockManager",),
+    "serve.request": ("Request", "RequestState", "SamplingParams"),
+    "serve.scheduler": ("Progress", "Scheduler", "SchedulerLimits", "StepPlan", "Work"),
+}
+_HOMES = {name: module for module, names in _NAMES.items() for name in names}
+
+__all__ = [
+    "__version__",
+    # errors
+    "CapacityError",
+    "CheckpointError",
+    "ConfigError",
+    "LogitsError",
+    "PlanError",
+    "RequestError",
+    # serving: requests, blocks, scheduler
+    "BlockManager",
+    "Progress",
+    "Request",
+    "RequestState",
+    "SamplingParams",
+    "Scheduler",
+    "SchedulerLimits",
+    "StepPlan",
+    "Work",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)
