@@ -35,7 +35,7 @@ def main() -> None:
     """Run all parts that `--only` leaves, and append the results."""
     parser = _common.options(__doc__)
     parser.add_argument("--rounds", type=int, help="steps of each contender (default 7, quick 2)")
-    parser.add_argument("--names", help="comma-separated, such as torch@own,1f1b@12 and no more; see _pipe_worker.py")
+    parser.add_argument("--names", help="comma-separated, such as torch@own,1f1b@12: only their step times")
     options = parser.parse_args()
     options.rounds = options.rounds or (2 if options.quick else 7)
     pair = Contender(
@@ -74,7 +74,7 @@ def steps(bench: Bench, group: RankGroup, options: argparse.Namespace) -> dict[s
         if not options.names:
             found["compute"].append(combined(group.ask({"do": "compute", "name": OWN})))
     medians = {name: _common.summary([step["seconds"] for step in turns]) for name, turns in found.items()}
-    replayed = {name: replay(group, name) for name in names if name in CONTENDERS[1:4]}
+    replayed = {name: replay(group, name) for name in CONTENDERS[1:4] if not options.names}
     held = {name: group.ask({"do": "held", "name": name})[0]["peak_mb"] for name in replayed}
     for name in found:
         schedule, _, cut = name.partition("@")

@@ -30,6 +30,7 @@ from ds_pipe import (
 
 missing = pytest.mark.skipif(importlib.util.find_spec("transformers") is None, reason="transformers is not installed")
 MODELS = [*OWN, *(pytest.param(name, marks=missing) for name in TRANSFORMERS)]
+SPLIT = ["own", "own tied", "llama", "llama tied", "gpt2"]
 
 Gradients = dict[str, torch.Tensor]
 
@@ -51,10 +52,11 @@ def unsplit(name: str) -> tuple[list[float], Gradients]:
     return mean.item(), {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
 
 
-def split(name: str) -> tuple[float, Gradients]:
+def split(name: str, schedule: str = "1f1b") -> tuple[float, Gradients]:
     layers = split_causal_lm(make(name))
-    module = PipelineModule(layers, loss_fn=causal_lm_loss, partition_method="uniform")
-    pipe = pipeline(module, num_micro_batches=2)
+    chunks: dict[str, Any] = {"num_chunks": 2, "placement": "v"} if schedule == "zb_v" else {}
+    module = PipelineModule(layers, loss_fn=causal_lm_loss, partition_method="uniform", **chunks)
+    pipe = pipeline(module, num_micro_batches=2, schedule=schedule)
     data = iter([(padded(inputs), inputs) for inputs in tokens(2)])
     loss = pipe.train_batch(data).item()
     return loss, {huggingface_name(n): p.grad.clone() for n, p in module.named_parameters() if p.grad is not None}
@@ -63,9 +65,19 @@ def split(name: str) -> tuple[float, Gradients]:
 @pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize("num_stages", [1, 2])
 def test_loss_and_gradients(name: str, num_stages: int) -> None:
+    check(name, run_ranks(split, num_stages, name, timeout=120))
+
+
+@pytest.mark.parametrize("name", [pytest.param(name, marks=[] if name in OWN else missing) for name in SPLIT])
+@pytest.mark.parametrize("schedule", ["zb_h1", "zb_v"])
+def test_split_backward(name: str, schedule: str) -> None:
+    check(name, run_ranks(split, 2, name, schedule, timeout=120))
+
+
+def check(name: str, stages: list[tuple[float, Gradients]]) -> None:
     loss, gradients = unsplit(name)
     found: Gradients = {}
-    for stage_loss, stage in run_ranks(split, num_stages, name, timeout=120):
+    for stage_loss, stage in stages:
         assert stage_loss == loss
         for key, gradient in stage.items():
             assert torch.equal(gradient, gradients[key]), key
