@@ -1,8 +1,8 @@
 """Messages between two ranks, counted in the group's ledger: through shared memory on shm, else torch.distributed's.
 
 They carry no stamp (only two ranks take part); while this rank waits for one, a death or a failure that another rank
-reports ends the wait where the transport is watched (shm, gloo). On shm, ``isend`` never waits (64 MB to each rank are
-kept for it, what is beyond moves at this rank's later calls), receives may be posted early, and ends that differ in
+reports ends the wait where the transport is watched (shm, gloo). On shm, ``isend`` never waits (256 MB to each rank may
+be under way, what is beyond moves at this rank's later calls), receives may be posted early, and ends that differ in
 size or dtype raise on every rank.
 """
 
