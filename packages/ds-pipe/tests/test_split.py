@@ -117,6 +117,25 @@ class Calls(nn.Module):
         return self.function(inputs, self.weight, self.bias)
 
 
+class Unseen(torch.autograd.Function):
+    """Takes a weight where no torch call shows it."""
+
+    @staticmethod
+    def forward(ctx: Any, inputs: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(inputs, weight)
+        return inputs * weight.sum()
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any) -> Any:
+        inputs, weight = ctx.saved_tensors
+        return gradients[0] * weight.sum(), (gradients[0] * inputs).sum() * torch.ones_like(weight)
+
+
+def halved(hidden: Tensor) -> Tensor:
+    hidden[:, 1:].mul_(0.5)
+    return hidden
+
+
 CALLS: dict[str, tuple[Callable[[Tensor, Tensor, Tensor], Any], int]] = {
     "addmm": (lambda x, w, b: torch.addmm(b, x, w), 2),
     "addmm of a tensor": (lambda x, w, b: b.addmm(x, w), 2),
@@ -137,6 +156,13 @@ CALLS: dict[str, tuple[Callable[[Tensor, Tensor, Tensor], Any], int]] = {
     "in a list": (lambda x, w, b: torch.cat([w, F.linear(x, w)]), 0),
     "unused": (lambda x, w, b: x * 2, 0),
     "normalised": (lambda x, w, b: F.layer_norm(F.linear(x, w), (WIDTH,), b), 1),
+    "output in place": (lambda x, w, b: F.linear(x, w, b).relu_() * 3, 2),
+    "output in place, 3-D": (lambda x, w, b: F.linear(x.view(2, -1, WIDTH), w, b).relu_() * 3, 2),
+    "output in place, no bias": (lambda x, w, b: (x.view(2, -1, WIDTH) @ w).mul_(b) * 3, 1),
+    "part of the output in place": (lambda x, w, b: halved(F.linear(x.view(2, -1, WIDTH), w, b)), 2),
+    "unseen": (lambda x, w, b: F.linear(x, w, b) + Unseen.apply(x, w), 1),
+    "output unused": (lambda x, w, b: (F.linear(x, w), x * 2)[1], 0),
+    "reshaped": (lambda x, w, b: F.linear(x[:, None], w, b).view(-1)[3:], 2),
     "detached": (lambda x, w, b: F.linear(x, w.detach()) + F.linear(x, w, b), 2),
 }
 
@@ -213,6 +239,17 @@ def test_hooks_run_once_and_see_the_sum() -> None:
     assert seen == ["tensor", "accumulated"]
     _, (expected, _) = whole(module, data(4, WIDTH), rounds=1)
     assert weight is not None and expected is not None and torch.equal(weight, expected)
+
+
+def test_an_input_modified_in_place_is_an_error() -> None:
+    def spoil(x: Tensor, w: Tensor, b: Tensor) -> Tensor:
+        hidden = x * 2
+        return F.linear(hidden, w, b) + hidden.mul_(2)
+
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        whole(Calls(spoil), data(4, WIDTH))
+    with pytest.raises(RuntimeError, match=r"modified (by an inplace operation|in place)"):
+        halves(Calls(spoil), data(4, WIDTH))
 
 
 def test_nothing_deferred_where_told() -> None:

@@ -15,13 +15,14 @@ Tensor hooks of parameters run when the gradient is delivered, not in I.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 __all__ = ["Record", "SplitBackward", "deliver"]
 
@@ -32,9 +33,10 @@ Part = tuple[Callable[[], Gradients], list[nn.Parameter]]  # makes the gradients
 class Record:
     """One micro-batch's forward of one chunk: how often each parameter was used, and what I leaves for W."""
 
-    __slots__ = ("deferred", "rest", "uses")
+    __slots__ = ("deferred", "kept", "rest", "uses")
 
     def __init__(self) -> None:
+        self.kept: list[_Kept] = []
         self.uses: dict[int, int] = {}
         self.deferred: list[Part] = []
         self.rest: dict[nn.Parameter, Tensor] = {}
@@ -52,6 +54,7 @@ class SplitBackward:
         self.parameters = list(parameters)
         known = {id(parameter) for parameter in parameters}
         self._watch = _Watch(parameters, known - {id(parameter) for parameter in at_once}) if defers else None
+        self._checked = False
 
     @contextmanager
     def watching(self, record: Record, *, recomputing: bool = False) -> Iterator[None]:
@@ -71,13 +74,34 @@ class SplitBackward:
         """I: the gradients of `inputs`; what parameters get waits in `record`."""
         if not outputs or not (inputs or self.parameters):
             return [None] * len(inputs)
-        wanted = [*inputs, *self.parameters]
+        kept, waiting = self._choose(record, outputs)
+        now = [parameter for parameter in self.parameters if id(parameter) not in waiting]
+        wanted = (*inputs, *now, *(call.edge for call, _ in kept))
         starts = [torch.ones_like(o) if g is None else g for o, g in zip(outputs, gradients, strict=True)]
-        with _without_tensor_hooks(self.parameters), self.watching(record, recomputing=True):
-            found = _grad(tuple(outputs), tuple(starts), tuple(wanted))
-        of_parameters = zip(self.parameters, found[len(inputs) :], strict=True)
-        record.rest = {parameter: gradient for parameter, gradient in of_parameters if gradient is not None}
-        return list(found[: len(inputs)])
+        with _without_tensor_hooks(now), self.watching(record, recomputing=True):
+            found = _grad(tuple(outputs), tuple(starts), wanted)
+        middle, end = len(inputs), len(inputs) + len(now)
+        record.rest = {p: grad for p, grad in zip(now, found[middle:end], strict=True) if grad is not None}
+        for (call, parameters), gradient in zip(kept, found[end:], strict=True):
+            if gradient is not None:
+                record.deferred.append((call.later(gradient, parameters), parameters))
+        return list(found[:middle])
+
+    def _choose(self, record: Record, outputs: list[Tensor]) -> tuple[list[tuple[_Kept, list[nn.Parameter]]], set[int]]:
+        """The kept calls with their parameters that wait for W, and the ids of all those; empties `record.kept`."""
+        watch = self._watch
+        if watch is None or not record.kept:
+            return [], set()
+        if not self._checked:
+            self._checked = True
+            watch.never(parameter for parameter, num in _uses_in_graph(outputs).items() if num > 1)
+        chosen = []
+        for call in record.kept:
+            given = [p for p in (call.weight, call.bias) if p is not None and watch.waits(p, record)]
+            if given:
+                chosen.append((call, given))
+        record.kept = []
+        return chosen, {id(parameter) for _, parameters in chosen for parameter in parameters}
 
     def accumulate(self, record: Record) -> None:
         """W: compute what was deferred, and deliver all gradients of the micro-batch."""
@@ -91,7 +115,26 @@ class SplitBackward:
         deliver(parts, rest)
 
 
-def _grad(outputs: tuple[Tensor, ...], starts: tuple[Tensor, ...], inputs: tuple[Tensor, ...]) -> Gradients:
+def _uses_in_graph(outputs: Sequence[Tensor]) -> dict[nn.Parameter, int]:
+    """How many nodes of the outputs' graph hand a gradient to each parameter."""
+    found: dict[nn.Parameter, int] = {}
+    seen: set[Any] = set()
+    todo: list[Any] = [output.grad_fn for output in outputs]
+    while todo:
+        node = todo.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        for following, _ in node.next_functions:
+            variable = getattr(following, "variable", None)
+            if variable is None:
+                todo.append(following)
+            else:
+                found[variable] = found.get(variable, 0) + 1
+    return found
+
+
+def _grad(outputs: tuple[Tensor, ...], starts: tuple[Tensor, ...], inputs: tuple[Any, ...]) -> Gradients:
     """`torch.autograd.grad(outputs, inputs, starts, allow_unused=True)`, which watched parameters would intercept."""
     run = torch.autograd.Variable._execution_engine.run_backward
     found: Gradients = run(outputs, starts, False, False, inputs, allow_unreachable=True, accumulate_grad=False)
@@ -138,6 +181,46 @@ class _Call(NamedTuple):
     inputs: Any
     weight: Any
     bias: Any
+
+
+class _Kept(NamedTuple):
+    """A call whose product with the weight is left to W: `edge` is where its output's gradient arrives."""
+
+    edge: GradientEdge
+    transposed: bool
+    column_major: bool
+    inputs: Tensor
+    version: int
+    weight: nn.Parameter
+    bias: Tensor | None
+
+    def later(self, gradient: Tensor, parameters: list[nn.Parameter]) -> Callable[[], Gradients]:
+        """What makes the gradients of `parameters` (the weight, the bias, or both) from the output's."""
+        if self.inputs._version != self.version:
+            raise RuntimeError(
+                f"an input of shape {tuple(self.inputs.shape)} of a linear layer was modified in place after it was "
+                "used, which its weight's gradient needs; clone it first"
+            )
+        with_weight, with_bias = (any(p is given for p in parameters) for given in (self.weight, self.bias))
+        return partial(_gradients, gradient, self.inputs, self.column_major, self.transposed, with_weight, with_bias)
+
+
+def _is_column_major(weight: Tensor, transposed: bool) -> bool:
+    """Whether the matrix (the weight, or its transpose) lies in columns, which decides the layout of its gradient."""
+    of_rows, of_columns = weight.stride()[::-1] if transposed else weight.stride()
+    return of_rows == 1 and of_columns == weight.shape[1 if transposed else 0]
+
+
+def _gradients(
+    gradient: Tensor, inputs: Tensor, column_major: bool, transposed: bool, with_weight: bool, with_bias: bool
+) -> Gradients:
+    found: list[Tensor | None] = []
+    if with_weight:
+        rows, flat = gradient.reshape(-1, gradient.shape[-1]), inputs.reshape(-1, inputs.shape[-1])
+        found.append(_weight_gradient(rows, flat, column_major, transposed))
+    if with_bias:
+        found.append(gradient.sum_to_size(gradient.shape[-1]))
+    return tuple(found)
 
 
 _FORMS: dict[Any, str] = {
@@ -187,10 +270,13 @@ class _Watch:
         with torch._C.DisableTorchFunctionSubclass():
             form = _FORMS.get(func)
             call = _parse(form, args, kwargs) if form is not None and torch.is_grad_enabled() else None
-            if call is not None and self._defers(call):
-                result = _Product.apply(self._record, self._deferrable, *call)  # type: ignore[no-untyped-call]
-            else:
+            if call is None or not self._defers(call):
                 result = func(*args, **kwargs)
+            elif self._counts and torch._C._autograd._top_saved_tensors_default_hooks(False) is None:
+                result = func(*args, **kwargs)
+                self._keep(call, result)
+            else:  # Note [Packed]
+                result = _Product.apply(self._record, self._deferrable, *call)  # type: ignore[no-untyped-call]
             if self._counts:
                 self._count(result, args, kwargs)
         return result
@@ -205,6 +291,24 @@ class _Watch:
         if bias is not None and (type(bias) not in self._plain or bias.shape != (width,) or bias.dtype != weight.dtype):
             return False
         return not torch.is_autocast_enabled(inputs.device.type)
+
+    def _keep(self, call: _Call, result: Tensor) -> None:
+        form, inputs, weight, bias = call
+        made = result._base if result._is_view() else result
+        # Of a flattened product, its own output: what happens in place to the view of it comes after that.
+        if made is not None and made.shape[-1] == result.shape[-1] and made.numel() == result.numel():
+            edge, transposed = get_gradient_edge(made), form == "linear"
+            column_major = _is_column_major(weight, transposed)  # here, as stage 3 of ZeRO takes the weight away
+            kept = _Kept(edge, transposed, column_major, inputs, inputs._version, weight, bias)
+            self._record.kept.append(kept)
+
+    def waits(self, parameter: Tensor, record: Record) -> bool:
+        """Whether the gradient of `parameter`, used by a call of `_FORMS`, is left to W."""
+        return id(parameter) in self._deferrable and record.uses.get(id(parameter), 0) <= 1
+
+    def never(self, parameters: Iterable[nn.Parameter]) -> None:
+        """Do not defer these from now on."""
+        self._deferrable.difference_update(id(parameter) for parameter in parameters if parameter.is_leaf)
 
     def _count(self, result: Any, args: Any, kwargs: Any) -> None:
         results = result if isinstance(result, tuple | list) else (result,)
@@ -225,8 +329,7 @@ class _Product(torch.autograd.Function):
         ctx.record, ctx.deferrable, ctx.form, ctx.weight, ctx.bias = record, deferrable, form, weight, bias
         # Where autograd's own linear adds the bias to the flattened product, it also sums the flattened gradient.
         ctx.flat = form == "addmm" or inputs.dim() == 2 or (inputs.dim() == 3 and inputs.is_contiguous())
-        of_rows, of_columns = weight.stride() if form != "linear" else weight.stride()[::-1]
-        ctx.column_major = of_rows == 1 and of_columns == weight.shape[1 if form == "linear" else 0]
+        ctx.column_major = _is_column_major(weight, form == "linear")
         ctx.save_for_backward(inputs, weight if inputs.requires_grad else None)
         if form == "linear":
             return nn.functional.linear(inputs, weight, bias)
