@@ -94,7 +94,14 @@ def model_parallel(folder: str) -> tuple[str, bool]:
 
 def test_ranks_of_another_axis_have_files_of_their_own(tmp_path: Path) -> None:
     assert run_ranks(model_parallel, 2, str(tmp_path)) == [("t/model_00", True), ("t/model_01", True)]
-    assert (tmp_path / "layer_00-model_01-model_states.safetensors").is_file()
+    files = [f"layer_00-model_0{rank}-model_states.safetensors" for rank in (0, 1)]
+    assert sorted(path.name for path in tmp_path.glob("layer_*")) == files
+    listed = run_ranks(listing, 1, str(tmp_path))[0]
+    assert [Path(path).name for path in listed] == files
+
+
+def listing(folder: str) -> list[str]:
+    return PipelineModule([nn.Linear(2, 2)]).ckpt_layer_path_list(folder, 0)
 
 
 def refused(folder: str, layers: int, strict: bool) -> str:

@@ -213,8 +213,12 @@ class PipelineModule(nn.Module):
 
     def ckpt_layer_path(self, ckpt_dir: str | os.PathLike[str], local_layer_idx: int) -> str:
         """The file of this rank's layer number `local_layer_idx` (counted over its chunks) in `ckpt_dir`."""
-        held = [index for chunk in self.chunks for index in range(chunk.start, chunk.start + len(chunk.functions))]
-        return os.path.join(ckpt_dir, layer_file(held[local_layer_idx], self._coordinates()))
+        return os.path.join(ckpt_dir, layer_file(self._held()[local_layer_idx], self._coordinates()))
+
+    def ckpt_layer_path_list(self, ckpt_dir: str | os.PathLike[str], local_layer_idx: int) -> list[str]:
+        """The files in `ckpt_dir` of this rank's layer number `local_layer_idx`, one per coordinate on other axes."""
+        names = layer_file(self._held()[local_layer_idx], "*"), layer_file(self._held()[local_layer_idx])
+        return sorted(str(path) for name in names for path in Path(ckpt_dir).glob(name))
 
     def save_state_dict(
         self, save_dir: str | os.PathLike[str], checkpoint_engine: Any = None, exclude_frozen_params: bool = False
@@ -250,6 +254,10 @@ class PipelineModule(nn.Module):
             strict=strict,
             group=self.group,
         )
+
+    def _held(self) -> list[int]:
+        """The layers of this rank."""
+        return [index for chunk in self.chunks for index in range(chunk.start, chunk.start + len(chunk.functions))]
 
     def _stateful(self) -> dict[int, nn.Module]:
         """The modules of this rank by layer; a tied one by the first layer of its key, wherever that is."""
