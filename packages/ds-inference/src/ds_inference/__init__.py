@@ -1,7 +1,8 @@
 """Inference and serving of PyTorch models that do not fit one device.
 
 Serving, the half that plans and needs no torch: requests (`SamplingParams`, `Request`), the blocks of a paged cache
-(`BlockManager`) and continuous batching (`Scheduler`). Names are imported when they are first used.
+(`BlockManager`) and continuous batching (`Scheduler`). Tensor parallelism as a plan (`plan_tensor_parallel`), pure
+too. Names are imported when they are first used.
 """
 
 from __future__ import annotations
@@ -23,12 +24,14 @@ if TYPE_CHECKING:
     from ds_inference.serve.blocks import BlockManager
     from ds_inference.serve.request import Request, RequestState, SamplingParams
     from ds_inference.serve.scheduler import Progress, Scheduler, SchedulerLimits, StepPlan, Work
+    from ds_inference.tp.plan import Entry, ModelFacts, ModuleInfo, Rule, TensorParallelPlan, plan_tensor_parallel
 
 _NAMES = {
     "errors": ("CapacityError", "CheckpointError", "ConfigError", "LogitsError", "PlanError", "RequestError"),
     "serve.blocks": ("BlockManager",),
     "serve.request": ("Request", "RequestState", "SamplingParams"),
     "serve.scheduler": ("Progress", "Scheduler", "SchedulerLimits", "StepPlan", "Work"),
+    "tp.plan": ("Entry", "ModelFacts", "ModuleInfo", "Rule", "TensorParallelPlan", "plan_tensor_parallel"),
 }
 _HOMES = {name: module for module, names in _NAMES.items() for name in names}
 
@@ -51,6 +54,13 @@ __all__ = [
     "SchedulerLimits",
     "StepPlan",
     "Work",
+    # tensor parallelism: the plan
+    "Entry",
+    "ModelFacts",
+    "ModuleInfo",
+    "Rule",
+    "TensorParallelPlan",
+    "plan_tensor_parallel",
 ]
 
 

@@ -143,7 +143,7 @@ arrivals = st.lists(
 )
 
 
-@settings(max_examples=250, deadline=None)
+@settings(max_examples=400, deadline=None)
 @given(worlds(), arrivals)
 def test_every_request_gets_the_tokens_it_would_get_alone(
     world: World, asked: list[tuple[list[int], int | None, int, str]]

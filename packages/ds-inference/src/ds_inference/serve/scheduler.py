@@ -163,7 +163,8 @@ class Scheduler:
         """Add a request with the prompt of one that runs: it shares the blocks of what is computed of that prompt.
 
         It runs at once, beside its parent. When that is not possible (the parent does not run or has computed nothing,
-        max_running is reached), it is queued like any other; the return value says whether it shares.
+        max_running is reached, an older branch was preempted and waits), it is queued like any other; the return value
+        says whether it shares.
         """
         parent = self._requests.get(parent_id)
         if parent is None or parent.prompt != child.prompt or parent.cache_salt != child.cache_salt:
@@ -171,16 +172,18 @@ class Scheduler:
                                "of the same prompt and salt that has not finished")  # fmt: skip
         # The last token is computed by each: its logits are what the answer starts from.
         num_shared = min(parent.num_computed, parent.num_prompt - 1)
-        if num_shared == 0 or self.num_running >= self.limits.max_running:
+        branches = (one.order[1] for one in self._requests.values() if one.order[0] == parent.order[0])
+        order = (parent.order[0], max(branches) + 1)
+        overtakes = bool(self._waiting) and self._waiting[0].order < order
+        if num_shared == 0 or overtakes or self.num_running >= self.limits.max_running:
             self.add(child)
             return False
         self._check_new(child)
         table = parent.block_table[: self.blocks.blocks_for(num_shared)]
         for block in table:
             self.blocks.hold(block)
-        branches = (one.order[1] for one in self._requests.values() if one.order[0] == parent.order[0])
-        child.order = (parent.order[0], max(branches) + 1)
-        child.state, child.num_computed, child.block_table = RequestState.RUNNING, num_shared, table
+        child.order, child.state = order, RequestState.RUNNING
+        child.num_computed, child.block_table = num_shared, table
         child.num_cached = num_shared
         self.num_cached_tokens += num_shared
         self._requests[child.request_id] = child
