@@ -3,7 +3,8 @@
 The step is forward and backward of 2 x 256 tokens without padding, transformers' own sdpa attention on the other side.
 Times are taken in turns on one model, which is patched and unpatched between rounds. Memory is the peak of a fresh
 process (resident, sampled) in one step beyond what was resident before it, gradients included. `losses` trains both,
-each in a process of its own, from the same weights with AdamW (lr 2e-5, torch's) on the same 30 batches.
+each in a process of its own, from the same weights with AdamW (lr 2e-5, torch's) on the same 30 batches, and says the
+largest relative difference of a loss.
 """
 
 from __future__ import annotations
@@ -65,7 +66,7 @@ def times(bench: KernelBench, folder: Path, dtype: str) -> None:
 
 def compare(bench: KernelBench, dtype: str) -> None:
     """What needs a process each: memory, and losses."""
-    arguments = bench.arguments
+    arguments, losses = bench.arguments, []
     for name in CONTENDERS:
         command = [sys.executable, __file__, "--one", name, "--dtypes", dtype, "--what", arguments.what]
         command += ["--steps", str(arguments.steps), "--device", arguments.device]
@@ -76,6 +77,10 @@ def compare(bench: KernelBench, dtype: str) -> None:
         versions = {"contender": name, "torch": torch.__version__}
         write_line(Path(arguments.results) / f"{bench.name}.jsonl", {**line, **versions, **figures, **machine()})
         print(f"{arguments.what} {dtype} {name:16} {figures}", flush=True)
+        losses.append(figures.get("losses", []))
+    apart = max((abs(ours - theirs) / theirs for ours, theirs in zip(*losses, strict=True)), default=0.0)
+    if arguments.what == "losses":
+        print(f"{dtype}: the losses differ by {apart:.2e} at most", flush=True)
 
 
 def prepared(folder: Path, dtype: str, device: str) -> tuple[Any, Any]:

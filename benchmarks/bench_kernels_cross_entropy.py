@@ -42,6 +42,7 @@ def main() -> None:
     parser.add_argument("--rows", default="512", help="comma-separated numbers of tokens (512 and 4096 are the goals')")
     parser.add_argument("--dtypes", default="bf16,fp32")
     parser.add_argument("--what", choices=["time", "memory"], default="time")
+    parser.add_argument("--first", type=int, default=len(LOSSES), help="time only so many contenders")
     parser.add_argument("--one", help="internal: measure the memory of this contender in this process")
     arguments = parser.parse_args()
     if arguments.one:
@@ -80,7 +81,7 @@ def times(bench: KernelBench, dtype: str, rows: int) -> None:
     for _ in bench.threads():
         bench.compare(
             f"loss and gradients, {rows} x {VOCABULARY}, dim {DIM}, {dtype}",
-            {name: step(loss) for name, loss in LOSSES.items()},
+            {name: step(loss) for name, loss in list(LOSSES.items())[: bench.arguments.first]},
             dtype=dtype,
             flops=6 * rows * VOCABULARY * DIM,
         )
