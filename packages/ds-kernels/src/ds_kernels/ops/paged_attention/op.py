@@ -3,7 +3,8 @@
 Source: Kwon et al. 2023, "Efficient Memory Management for Large Language Model Serving with PagedAttention"
 (arXiv:2309.06180); the split over the context: Dao et al. 2023, "Flash-Decoding".
 Limit: memory while decoding. A query reads its context once: `2 * context * kv_heads * dim * itemsize` bytes, beside
-4 * context * heads * dim flops. Chunks of many queries are bound by arithmetic, as flash_attention is. write_kv moves
+4 * context * heads * dim flops; on CPU, pages scattered over 4 KB pages of memory cost address translations as well
+(`cpu_numba`). Chunks of many queries are bound by arithmetic, as flash_attention is. write_kv moves
 `4 * tokens * kv_heads * dim * itemsize` bytes.
 """
 
