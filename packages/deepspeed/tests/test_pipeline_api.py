@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 from typing import Any
 
 import pytest
@@ -309,6 +311,31 @@ def test_the_failure_of_one_rank_is_one_of_all(how: str, text: str) -> None:
     for first, second in run_ranks(failing, 4, how, timeout=30):
         assert first.startswith("PipelineError") and text in first
         assert second.startswith("PipelineError") and "cannot go on" in second
+
+
+class Dies(nn.Linear):
+    """Ends one process in its third forward."""
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        self.calls = getattr(self, "calls", 0) + 1
+        if self.calls == 3 and ds_comm.get_rank() == 3:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super().forward(inputs)
+
+
+def one_dies() -> list[str]:
+    layers = [LayerSpec(nn.Embedding, VOCABULARY, VOCABULARY), LayerSpec(Dies, VOCABULARY, VOCABULARY)]
+    module = PipelineModule(layers, num_stages=2, loss_fn=loss_fn)
+    engine = deepspeed.initialize(model=module, config=config_of())[0]
+    source = data(engine.get_data_parallel_rank(), range(2), NUM)
+    engine.train_batch(source)
+    return texts(lambda: engine.train_batch(source))
+
+
+def test_a_rank_that_dies_is_an_error_on_the_others() -> None:
+    *others, death = run_ranks(one_dies, 4, expect_death=[3], timeout=40)
+    assert death.exit_code == -signal.SIGKILL
+    assert all(text.startswith("PipelineError") for (text,) in others), others
 
 
 def nonfinite() -> list[str]:
