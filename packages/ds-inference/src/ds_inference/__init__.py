@@ -2,7 +2,8 @@
 
 Serving, the half that plans and needs no torch: requests (`SamplingParams`, `Request`), the blocks of a paged cache
 (`BlockManager`) and continuous batching (`Scheduler`). Tensor parallelism as a plan (`plan_tensor_parallel`), pure
-too. Names are imported when they are first used.
+too. The configuration of `init_inference` (`DeepSpeedInferenceConfig`, `resolve_config`). Names are imported when they
+are first used.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from ds_inference.__about__ import __version__
 
 if TYPE_CHECKING:
+    from ds_inference.config import DeepSpeedInferenceConfig, default_inference_config, resolve_config
     from ds_inference.errors import (
         CapacityError,
         CheckpointError,
@@ -27,6 +29,7 @@ if TYPE_CHECKING:
     from ds_inference.tp.plan import Entry, ModelFacts, ModuleInfo, Rule, TensorParallelPlan, plan_tensor_parallel
 
 _NAMES = {
+    "config": ("DeepSpeedInferenceConfig", "default_inference_config", "resolve_config"),
     "errors": ("CapacityError", "CheckpointError", "ConfigError", "LogitsError", "PlanError", "RequestError"),
     "serve.blocks": ("BlockManager",),
     "serve.request": ("Request", "RequestState", "SamplingParams"),
@@ -37,6 +40,10 @@ _HOMES = {name: module for module, names in _NAMES.items() for name in names}
 
 __all__ = [
     "__version__",
+    # configuration
+    "DeepSpeedInferenceConfig",
+    "default_inference_config",
+    "resolve_config",
     # errors
     "CapacityError",
     "CheckpointError",
