@@ -1,45 +1,35 @@
 """Backward in two parts, I (input gradient) and W (weight gradient), with the bits of autograd's own backward.
 
-During forward every torch call with a parameter is seen (`_Watch`). Where a weight enters through `F.linear`,
-`torch.addmm` or a matrix product, the call goes through an autograd node (`_Product`) whose backward gives the input's
-gradient and keeps (input, output's gradient) for W. I is then `torch.autograd.grad` with respect to the chunk's inputs
-and all its parameters: what is not deferred (norms, embeddings, convolutions) comes out there. W computes the kept
-products, the same calls in the same layouts as autograd's own formulas, and hands each to its parameter through a
-`_Deliver` node, so that AccumulateGrad runs with every hook on it, once, and may keep the tensor without a copy.
+During forward every torch call with a parameter is seen (`Watch`). Where a weight enters through `F.linear`,
+`torch.addmm` or a matrix product, the call's input is kept, and where its gradient will arrive in the graph. I is then
+`torch.autograd.grad` with respect to the chunk's inputs, the outputs of those calls, and all other parameters: autograd
+leaves out the products that W computes from (input, output's gradient), the same calls in the same layouts as
+autograd's own formulas. Each goes to its parameter through a `_Deliver` node, so that AccumulateGrad runs with every
+hook on it, once, and may keep the tensor without a copy.
+
+Note [Packed]: under saved-tensor hooks (activation checkpointing, offloading) an input must not be kept by us. There
+the call goes through an autograd node of ours, which saves it as any node would and whose backward leaves (input,
+output's gradient) for W. A recompute in I is watched alike, so that it saves what the forward saved.
 
 Invariants. A parameter that several calls of one forward take is not deferred: autograd sums its gradient as ever, in
-its own order. Nothing is deferred under autocast, for tensor subclasses, or outside the three forms above. A recompute
-in I (activation checkpointing that is not reentrant) is watched alike, so that it saves what the forward saved.
-Tensor hooks of parameters run when the gradient is delivered, not in I.
+its own order. Calls that only the graph shows (a weight given to an autograd.Function) are looked for in a chunk's
+first backward, and such weights not deferred either. Nothing is deferred under autocast, for tensor subclasses, or
+outside the three forms above. Reentrant checkpointing works with whole backwards only: torch refuses it in I. Tensor
+hooks of parameters run when the gradient is delivered, not in I.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.graph import GradientEdge, get_gradient_edge
+
+from ds_pipe._products import Gradients, Kept, Part, Record, Watch
 
 __all__ = ["Record", "SplitBackward", "deliver"]
-
-Gradients = tuple[Tensor | None, ...]
-Part = tuple[Callable[[], Gradients], list[nn.Parameter]]  # makes the gradients of these parameters
-
-
-class Record:
-    """One micro-batch's forward of one chunk: how often each parameter was used, and what I leaves for W."""
-
-    __slots__ = ("deferred", "kept", "rest", "uses")
-
-    def __init__(self) -> None:
-        self.kept: list[_Kept] = []
-        self.uses: dict[int, int] = {}
-        self.deferred: list[Part] = []
-        self.rest: dict[nn.Parameter, Tensor] = {}
 
 
 class SplitBackward:
@@ -53,7 +43,7 @@ class SplitBackward:
     ) -> None:
         self.parameters = list(parameters)
         known = {id(parameter) for parameter in parameters}
-        self._watch = _Watch(parameters, known - {id(parameter) for parameter in at_once}) if defers else None
+        self._watch = Watch(parameters, known - {id(parameter) for parameter in at_once}) if defers else None
         self._checked = False
 
     @contextmanager
@@ -87,7 +77,7 @@ class SplitBackward:
                 record.deferred.append((call.later(gradient, parameters), parameters))
         return list(found[:middle])
 
-    def _choose(self, record: Record, outputs: list[Tensor]) -> tuple[list[tuple[_Kept, list[nn.Parameter]]], set[int]]:
+    def _choose(self, record: Record, outputs: list[Tensor]) -> tuple[list[tuple[Kept, list[nn.Parameter]]], set[int]]:
         """The kept calls with their parameters that wait for W, and the ids of all those; empties `record.kept`."""
         watch = self._watch
         if watch is None or not record.kept:
@@ -116,21 +106,31 @@ class SplitBackward:
 
 
 def _uses_in_graph(outputs: Sequence[Tensor]) -> dict[nn.Parameter, int]:
-    """How many nodes of the outputs' graph hand a gradient to each parameter."""
+    """How many nodes of the outputs' graph hand a gradient to each parameter, directly or through one view of it.
+
+    (A gradient taken within the forward, with create_graph, shares its view of the weight with the forward's product.)
+    """
     found: dict[nn.Parameter, int] = {}
-    seen: set[Any] = set()
+    views: dict[Any, nn.Parameter] = {}
+    arriving: dict[Any, int] = {}
     todo: list[Any] = [output.grad_fn for output in outputs]
     while todo:
         node = todo.pop()
-        if node is None or node in seen:
+        if node is None:
             continue
-        seen.add(node)
+        arriving[node] = arriving.get(node, 0) + 1
+        if arriving[node] > 1:
+            continue
         for following, _ in node.next_functions:
             variable = getattr(following, "variable", None)
             if variable is None:
                 todo.append(following)
             else:
                 found[variable] = found.get(variable, 0) + 1
+                if len(node.next_functions) == 1:
+                    views[node] = variable
+    for node, variable in views.items():
+        found[variable] += arriving[node] - 1
     return found
 
 
@@ -174,226 +174,11 @@ class _Deliver(torch.autograd.Function):
         return (None, *make())
 
 
-class _Call(NamedTuple):
-    """A call of one of the three forms: inputs @ matrix (+ bias); the matrix is weight.T for "linear", else weight."""
-
-    form: str
-    inputs: Any
-    weight: Any
-    bias: Any
-
-
-class _Kept(NamedTuple):
-    """A call whose product with the weight is left to W: `edge` is where its output's gradient arrives."""
-
-    edge: GradientEdge
-    transposed: bool
-    column_major: bool
-    inputs: Tensor
-    version: int
-    weight: nn.Parameter
-    bias: Tensor | None
-
-    def later(self, gradient: Tensor, parameters: list[nn.Parameter]) -> Callable[[], Gradients]:
-        """What makes the gradients of `parameters` (the weight, the bias, or both) from the output's."""
-        if self.inputs._version != self.version:
-            raise RuntimeError(
-                f"an input of shape {tuple(self.inputs.shape)} of a linear layer was modified in place after it was "
-                "used, which its weight's gradient needs; clone it first"
-            )
-        with_weight, with_bias = (any(p is given for p in parameters) for given in (self.weight, self.bias))
-        return partial(_gradients, gradient, self.inputs, self.column_major, self.transposed, with_weight, with_bias)
-
-
-def _is_column_major(weight: Tensor, transposed: bool) -> bool:
-    """Whether the matrix (the weight, or its transpose) lies in columns, which decides the layout of its gradient."""
-    of_rows, of_columns = weight.stride()[::-1] if transposed else weight.stride()
-    return of_rows == 1 and of_columns == weight.shape[1 if transposed else 0]
-
-
-def _gradients(
-    gradient: Tensor, inputs: Tensor, column_major: bool, transposed: bool, with_weight: bool, with_bias: bool
-) -> Gradients:
-    found: list[Tensor | None] = []
-    if with_weight:
-        rows, flat = gradient.reshape(-1, gradient.shape[-1]), inputs.reshape(-1, inputs.shape[-1])
-        found.append(_weight_gradient(rows, flat, column_major, transposed))
-    if with_bias:
-        found.append(gradient.sum_to_size(gradient.shape[-1]))
-    return tuple(found)
-
-
-_FORMS: dict[Any, str] = {
-    nn.functional.linear: "linear",
-    **dict.fromkeys((torch.addmm, Tensor.addmm), "addmm"),
-    **dict.fromkeys((torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.mm, Tensor.mm), "matmul"),
-}
-
-
-def _parse(form: str, args: Any, kwargs: Any) -> _Call | None:
-    if form == "linear" and 2 <= len(args) <= 3 and not kwargs.keys() - {"bias"}:
-        return _Call(form, args[0], args[1], args[2] if len(args) == 3 else kwargs.get("bias"))
-    if form == "addmm" and len(args) == 3 and not kwargs:
-        return _Call(form, args[1], args[2], args[0])
-    if form == "matmul" and len(args) == 2 and not kwargs:
-        return _Call(form, args[0], args[1], None)
-    return None
-
-
-class _Watch:
-    """Counts the uses of parameters and sends products with them through `_Product`, between `on` and `off`.
-
-    There the parameters are of a subclass of their own, whose `__torch_function__` sees the calls that take one. (A
-    `TorchFunctionMode` would see the same and all other calls as well, for 3 % of a small model's forward.)
-    """
-
-    def __init__(self, parameters: Sequence[nn.Parameter], deferrable: set[int]) -> None:
-        self._parameters = [parameter for parameter in parameters if type(parameter) is nn.Parameter]
-        self._known = {id(parameter) for parameter in self._parameters}
-        self._deferrable = self._known & deferrable
-        self._record = Record()
-        self._counts = True
-        self._class = type("Parameter", (nn.Parameter,), {"__torch_function__": staticmethod(self._call)})
-        self._plain = (Tensor, nn.Parameter, self._class)
-
-    def on(self, record: Record, *, counts: bool) -> None:
-        self._record, self._counts = record, counts
-        for parameter in self._parameters:
-            parameter.__class__ = self._class
-
-    def off(self) -> None:
-        for parameter in self._parameters:
-            parameter.__class__ = nn.Parameter
-
-    def _call(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        with torch._C.DisableTorchFunctionSubclass():
-            form = _FORMS.get(func)
-            call = _parse(form, args, kwargs) if form is not None and torch.is_grad_enabled() else None
-            if call is None or not self._defers(call):
-                result = func(*args, **kwargs)
-            elif self._counts and torch._C._autograd._top_saved_tensors_default_hooks(False) is None:
-                result = func(*args, **kwargs)
-                self._keep(call, result)
-            else:  # Note [Packed]
-                result = _Product.apply(self._record, self._deferrable, *call)  # type: ignore[no-untyped-call]
-            if self._counts:
-                self._count(result, args, kwargs)
-        return result
-
-    def _defers(self, call: _Call) -> bool:
-        form, inputs, weight, bias = call
-        if id(weight) not in self._deferrable or type(inputs) not in self._plain:
-            return False
-        if weight.dim() != 2 or inputs.dim() < 2 or inputs.dtype != weight.dtype or inputs.layout != torch.strided:
-            return False
-        width = weight.shape[0] if form == "linear" else weight.shape[1]
-        if bias is not None and (type(bias) not in self._plain or bias.shape != (width,) or bias.dtype != weight.dtype):
-            return False
-        return not torch.is_autocast_enabled(inputs.device.type)
-
-    def _keep(self, call: _Call, result: Tensor) -> None:
-        form, inputs, weight, bias = call
-        made = result._base if result._is_view() else result
-        # Of a flattened product, its own output: what happens in place to the view of it comes after that.
-        if made is not None and made.shape[-1] == result.shape[-1] and made.numel() == result.numel():
-            edge, transposed = get_gradient_edge(made), form == "linear"
-            column_major = _is_column_major(weight, transposed)  # here, as stage 3 of ZeRO takes the weight away
-            kept = _Kept(edge, transposed, column_major, inputs, inputs._version, weight, bias)
-            self._record.kept.append(kept)
-
-    def waits(self, parameter: Tensor, record: Record) -> bool:
-        """Whether the gradient of `parameter`, used by a call of `_FORMS`, is left to W."""
-        return id(parameter) in self._deferrable and record.uses.get(id(parameter), 0) <= 1
-
-    def never(self, parameters: Iterable[nn.Parameter]) -> None:
-        """Do not defer these from now on."""
-        self._deferrable.difference_update(id(parameter) for parameter in parameters if parameter.is_leaf)
-
-    def _count(self, result: Any, args: Any, kwargs: Any) -> None:
-        results = result if isinstance(result, tuple | list) else (result,)
-        if not any(isinstance(one, Tensor) and one.requires_grad for one in results):
-            return
-        uses, known = self._record.uses, self._known
-        for given in (*args, *kwargs.values()):
-            for value in given if isinstance(given, tuple | list) else (given,):
-                if id(value) in known:
-                    uses[id(value)] = uses.get(id(value), 0) + 1
-
-
-class _Product(torch.autograd.Function):
-    """One call of `_FORMS` whose weight's and bias's gradients are left for W."""
-
-    @staticmethod
-    def forward(ctx: Any, record: Record, deferrable: set[int], form: str, inputs: Any, weight: Any, bias: Any) -> Any:
-        ctx.record, ctx.deferrable, ctx.form, ctx.weight, ctx.bias = record, deferrable, form, weight, bias
-        # Where autograd's own linear adds the bias to the flattened product, it also sums the flattened gradient.
-        ctx.flat = form == "addmm" or inputs.dim() == 2 or (inputs.dim() == 3 and inputs.is_contiguous())
-        ctx.column_major = _is_column_major(weight, form == "linear")
-        ctx.save_for_backward(inputs, weight if inputs.requires_grad else None)
-        if form == "linear":
-            return nn.functional.linear(inputs, weight, bias)
-        return torch.matmul(inputs, weight) if form == "matmul" else torch.addmm(bias, inputs, weight)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Any) -> Any:
-        inputs, weight = ctx.saved_tensors  # may recompute
-        with torch._C.DisableTorchFunctionSubclass():
-            return _Product._gradients(ctx, gradients[0], inputs, weight)
-
-    @staticmethod
-    def _gradients(ctx: Any, gradient: Tensor, inputs: Tensor, weight: Tensor | None) -> Any:
-        record = ctx.record
-        rows = gradient.reshape(-1, gradient.shape[-1])
-        flat = inputs.reshape(-1, inputs.shape[-1])
-        of_inputs = None
-        if weight is not None:
-            matrix = weight.t() if ctx.form == "linear" else weight
-            of_inputs = _input_gradient(rows, flat, matrix).reshape(inputs.shape)
-        makers = (
-            (ctx.weight, partial(_weight_gradient, rows, flat, ctx.column_major, ctx.form == "linear")),
-            (ctx.bias, partial(torch.Tensor.sum_to_size, rows if ctx.flat else gradient, rows.shape[-1])),
-        )
-        now: list[Tensor | None] = [None, None]
-        later: list[tuple[nn.Parameter, Callable[[], Tensor]]] = []
-        for at, (parameter, make) in enumerate(makers):
-            if parameter is None or not parameter.requires_grad:
-                continue
-            if id(parameter) in ctx.deferrable and record.uses.get(id(parameter), 0) <= 1:
-                later.append((parameter, make))
-            else:
-                now[at] = make()
-        if later:
-            record.deferred.append(_together(later))
-        return (None, None, None, of_inputs, *now)
-
-
-def _together(later: list[tuple[nn.Parameter, Callable[[], Tensor]]]) -> Part:
-    makes = [make for _, make in later]
-    return lambda: tuple(make() for make in makes), [parameter for parameter, _ in later]
-
-
 def _with_more(make: Callable[[], Gradients], more: dict[int, Tensor]) -> Callable[[], Gradients]:
     def both() -> Gradients:
         return tuple(more[at] + one if one is not None and at in more else one for at, one in enumerate(make()))
 
     return both
-
-
-# The two formulas, layouts included, are those of torch's derivative of mm: a gradient has the order of its operand.
-
-
-def _input_gradient(gradient: Tensor, inputs: Tensor, matrix: Tensor) -> Tensor:
-    """Of inputs [rows, k] in inputs @ matrix [k, n], given that of the product [rows, n]."""
-    if inputs.stride(0) == 1 and inputs.stride(1) == inputs.shape[0]:
-        return matrix.mm(gradient.t()).t()
-    return gradient.mm(matrix.t())
-
-
-def _weight_gradient(gradient: Tensor, inputs: Tensor, column_major: bool, transposed: bool) -> Tensor:
-    """Of the weight, whose matrix [k, n] (its transpose where `transposed`) lies in columns or in rows."""
-    found = gradient.t().mm(inputs).t() if column_major else inputs.t().mm(gradient)
-    return found.t() if transposed else found
 
 
 @contextmanager
