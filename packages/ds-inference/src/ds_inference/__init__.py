@@ -1,8 +1,8 @@
 """Inference and serving of PyTorch models that do not fit one device.
 
 Serving, the half that plans and needs no torch: requests (`SamplingParams`, `Request`), the blocks of a paged cache
-(`BlockManager`) and continuous batching (`Scheduler`). Tensor parallelism as a plan (`plan_tensor_parallel`), pure
-too. The configuration of `init_inference` (`DeepSpeedInferenceConfig`, `resolve_config`). Names are imported when they
+(`BlockManager`) and continuous batching (`Scheduler`); `sample` draws their tokens. Tensor parallelism as a plan
+(`plan_tensor_parallel`), pure too. The configuration of `init_inference` (`DeepSpeedInferenceConfig`, `resolve_config`). Names are imported when they
 are first used.
 """
 
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     )
     from ds_inference.serve.blocks import BlockManager
     from ds_inference.serve.request import Request, RequestState, SamplingParams
+    from ds_inference.serve.sampler import Sampled, SampleRow, sample
     from ds_inference.serve.scheduler import Progress, Scheduler, SchedulerLimits, StepPlan, Work
     from ds_inference.tp.plan import Entry, ModelFacts, ModuleInfo, Rule, TensorParallelPlan, plan_tensor_parallel
 
@@ -33,6 +34,7 @@ _NAMES = {
     "errors": ("CapacityError", "CheckpointError", "ConfigError", "LogitsError", "PlanError", "RequestError"),
     "serve.blocks": ("BlockManager",),
     "serve.request": ("Request", "RequestState", "SamplingParams"),
+    "serve.sampler": ("SampleRow", "Sampled", "sample"),
     "serve.scheduler": ("Progress", "Scheduler", "SchedulerLimits", "StepPlan", "Work"),
     "tp.plan": ("Entry", "ModelFacts", "ModuleInfo", "Rule", "TensorParallelPlan", "plan_tensor_parallel"),
 }
@@ -51,16 +53,19 @@ __all__ = [
     "LogitsError",
     "PlanError",
     "RequestError",
-    # serving: requests, blocks, scheduler
+    # serving: requests, blocks, scheduler, sampler
     "BlockManager",
     "Progress",
     "Request",
     "RequestState",
+    "SampleRow",
+    "Sampled",
     "SamplingParams",
     "Scheduler",
     "SchedulerLimits",
     "StepPlan",
     "Work",
+    "sample",
     # tensor parallelism: the plan
     "Entry",
     "ModelFacts",

@@ -1,0 +1,192 @@
+"""From logits to tokens, a whole batch at a time, each request by its own sampling values.
+
+The order is that of transformers: repetition penalty, (end tokens banned by `min_tokens`), temperature, top-k, top-p,
+min-p. A filter keeps a token by its value, so that equally likely tokens stay or go together: at top_k = 1 a tie of two
+is drawn from, never cut by chance. What is left is drawn by one uniform number and the cumulative probabilities, in
+fp64. Log-probabilities that are reported are the model's own: before any of this.
+
+Invariant: a row's token depends on its logits, its sampling values, its seed and the number of tokens it has so far,
+and on nothing else in the batch. The uniform number of draw n is a counter-based hash (SplitMix64) of (seed, n):
+no generator has a state, so a request that was preempted, or joined another batch, draws what it would have drawn.
+Sources: Keskar et al. 2019 (repetition penalty); Holtzman et al. 2020 (top-p); Nguyen et al. 2024 (min-p); Steele et
+al. 2014 (SplitMix64).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ds_inference.errors import LogitsError
+from ds_inference.serve.request import Request, SamplingParams
+
+__all__ = ["SampleRow", "Sampled", "sample", "uniform"]
+
+_MASK = (1 << 64) - 1
+_GOLDEN = 0x9E3779B97F4A7C15
+
+
+@dataclass(frozen=True)
+class SampleRow:
+    """What one row of logits is sampled by."""
+
+    params: SamplingParams
+    seed: int
+    index: int
+    """Tokens generated so far: the number of this draw."""
+    seen: Sequence[int] = ()
+    """Tokens of prompt and answer, for the repetition penalty; repeats do not matter."""
+    banned: Sequence[int] = ()
+    """Tokens that must not be drawn."""
+    name: str = ""
+    """For errors."""
+
+    @classmethod
+    def of(cls, request: Request) -> SampleRow:
+        """The row of a request's next token."""
+        return cls(request.params, request.seed, request.num_output, request.tokens, request.banned, request.request_id)
+
+
+@dataclass(frozen=True)
+class Sampled:
+    """A token; with `SamplingParams.logprobs` its log-probability and the most likely tokens with theirs."""
+
+    token: int
+    logprob: float | None = None
+    top: tuple[tuple[int, float], ...] = ()
+
+
+def uniform(seed: int, index: int) -> float:
+    """Draw `index` of stream `seed` (64 bits): uniform in [0, 1), a multiple of 2**-52."""
+    return (_mix(_mix(seed + _GOLDEN) + (index + 1) * _GOLDEN) >> 12) * 2.0**-52
+
+
+def sample(logits: Tensor, rows: Sequence[SampleRow]) -> list[Sampled]:
+    """One token per row. `logits`: [len(rows), vocabulary], any floating dtype and device; it is not changed.
+
+    LogitsError when a row's greatest logit is not finite (NaN, infinite, or every token banned). ValueError for a
+    shape that does not fit.
+    """
+    if logits.dim() != 2 or logits.shape[0] != len(rows) or logits.shape[1] == 0:
+        raise ValueError(f"logits have shape {tuple(logits.shape)}; expected [{len(rows)}, vocabulary], one per row")
+    if not rows:
+        return []
+    scores = _banned(_penalised(logits.float(), rows), rows)
+    greatest, best = scores.max(dim=-1)
+    _check(greatest, rows)
+    tokens: list[int] = best.tolist()
+    drawn = [at for at, row in enumerate(rows) if not row.params.greedy]
+    if drawn:
+        chosen = _draw(scores, greatest, drawn, [rows[at] for at in drawn])
+        for at, token in zip(drawn, chosen, strict=True):
+            tokens[at] = token
+    return _with_logprobs(logits, rows, tokens)
+
+
+def _penalised(scores: Tensor, rows: Sequence[SampleRow]) -> Tensor:
+    """Tokens seen made less likely: positive logits divided by the penalty, negative ones multiplied."""
+    places: list[int] = []
+    tokens: list[int] = []
+    penalties: list[float] = []
+    for at, row in enumerate(rows):
+        if row.params.repetition_penalty != 1:
+            seen = [token for token in set(row.seen) if token < scores.shape[1]]
+            places += [at] * len(seen)
+            tokens += seen
+            penalties += [row.params.repetition_penalty] * len(seen)
+    if not places:
+        return scores
+    where = (torch.tensor(places, device=scores.device), torch.tensor(tokens, device=scores.device))
+    penalty = torch.tensor(penalties, device=scores.device)
+    old = scores[where]
+    return scores.index_put(where, torch.where(old > 0, old / penalty, old * penalty))
+
+
+def _banned(scores: Tensor, rows: Sequence[SampleRow]) -> Tensor:
+    pairs = [(at, token) for at, row in enumerate(rows) for token in row.banned if token < scores.shape[1]]
+    if not pairs:
+        return scores
+    places, tokens = torch.tensor(pairs, device=scores.device).unbind(1)
+    return scores.index_put((places, tokens), scores.new_tensor(-torch.inf))
+
+
+def _check(greatest: Tensor, rows: Sequence[SampleRow]) -> None:
+    finite = greatest.isfinite()
+    if not bool(finite.all()):
+        at = int((~finite).nonzero()[0, 0])
+        who = f" (request {rows[at].name!r})" if rows[at].name else ""
+        raise LogitsError(
+            f"the greatest logit of row {at}{who} is {greatest[at].item()}; expected a finite one: the model has "
+            "overflowed (try a wider dtype), or every token is banned"
+        )
+
+
+def _draw(scores: Tensor, greatest: Tensor, places: list[int], rows: list[SampleRow]) -> list[int]:
+    """Tokens of the rows that are drawn."""
+    index = torch.tensor(places, device=scores.device)
+
+    def column(values: list[float]) -> Tensor:
+        return torch.tensor(values, dtype=torch.float64, device=scores.device)[:, None]
+
+    # The greatest becomes 0 first, so that no temperature overflows.
+    x = (scores[index].double() - greatest[index, None].double()) / column([row.params.temperature for row in rows])
+    x = _top_k(x, [row.params.top_k for row in rows])
+    x = _top_p(x, [row.params.top_p for row in rows])
+    if any(row.params.min_p > 0 for row in rows):
+        x = x.masked_fill(x < column([row.params.min_p for row in rows]).log(), -torch.inf)
+    sums = x.exp().cumsum(-1)
+    target = column([uniform(row.seed, row.index) for row in rows]) * sums[:, -1:]
+    chosen: list[int] = torch.searchsorted(sums, target, right=True)[:, 0].tolist()
+    return chosen
+
+
+def _top_k(x: Tensor, ks: list[int]) -> Tensor:
+    """Keep what is at least as likely as the k-th; 0 and -1 keep all."""
+    places = [at for at, k in enumerate(ks) if 0 < k < x.shape[1]]
+    if not places:
+        return x
+    wanted = [ks[at] for at in places]
+    index = torch.tensor(places, device=x.device)
+    last = torch.tensor(wanted, device=x.device)[:, None] - 1
+    limit = x[index].topk(max(wanted)).values.gather(1, last)
+    return x.index_copy(0, index, x[index].masked_fill(x[index] < limit, -torch.inf))
+
+
+def _top_p(x: Tensor, ps: list[float]) -> Tensor:
+    """Keep what is at least as likely as the token with which the most likely ones reach p."""
+    places = [at for at, p in enumerate(ps) if p < 1]
+    if not places:
+        return x
+    index = torch.tensor(places, device=x.device)
+    ordered = x[index].sort(dim=-1, descending=True).values
+    weights = ordered.exp()
+    sums = weights.cumsum(-1)
+    reach = torch.tensor([ps[at] for at in places], dtype=x.dtype, device=x.device)[:, None] * sums[:, -1:]
+    needed = (sums - weights < reach).sum(-1, keepdim=True).clamp(min=1)
+    return x.index_copy(0, index, x[index].masked_fill(x[index] < ordered.gather(1, needed - 1), -torch.inf))
+
+
+def _with_logprobs(logits: Tensor, rows: Sequence[SampleRow], tokens: list[int]) -> list[Sampled]:
+    sampled = [Sampled(token) for token in tokens]
+    counts = {at: row.params.logprobs for at, row in enumerate(rows) if row.params.logprobs is not None}
+    if not counts:
+        return sampled
+    index = torch.tensor(list(counts), device=logits.device)
+    logprobs = logits[index].float().log_softmax(-1)
+    own = logprobs.gather(1, torch.tensor([tokens[at] for at in counts], device=logits.device)[:, None])[:, 0].tolist()
+    best = logprobs.topk(min(max(counts.values()), logits.shape[1]))
+    values, places = best.values.tolist(), best.indices.tolist()
+    for line, (at, count) in enumerate(counts.items()):
+        top = tuple(zip(places[line][:count], values[line][:count], strict=True))
+        sampled[at] = Sampled(tokens[at], own[line], top)
+    return sampled
+
+
+def _mix(value: int) -> int:
+    value &= _MASK
+    value = (value ^ (value >> 30)) * 0xBF58476D1CE4E5B9 & _MASK
+    value = (value ^ (value >> 27)) * 0x94D049BB133111EB & _MASK
+    return value ^ (value >> 31)
