@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -13,7 +14,18 @@ from torch import nn
 
 import ds_comm
 from ds_comm.testing import run_ranks
-from ds_pipe import LayerSpec, PipelineError, PipelineModule, PlainSync, ScheduleError, inference, pipeline, zb_h1, zb_v
+from ds_pipe import (
+    Action,
+    LayerSpec,
+    PipelineError,
+    PipelineModule,
+    PlainSync,
+    ScheduleError,
+    inference,
+    pipeline,
+    zb_h1,
+    zb_v,
+)
 
 Trained = tuple[list[float], dict[str, torch.Tensor]]
 
@@ -376,3 +388,23 @@ def test_refusals() -> None:
         PipelineModule(plain(), num_chunks=2)(torch.ones(1, WIDTH))
     with pytest.raises(PipelineError, match="data_iter is list"):
         pipeline(module, loss_fn=loss_fn).train_batch([])  # type: ignore[arg-type]
+
+
+def out_of_order() -> str:
+    """Input gradients may come in any order, but not with tied weights."""
+    plan = zb_h1(2, 3)
+    codes = ["0F0 0F1 0F2 0I0 0I2 0I1 0W0 0W1 0W2", "1F0 1F1 1F2 1I0 1I2 1I1 1W0 1W1 1W2"]
+    actions = tuple(tuple(map(Action.parse, line.split())) for line in codes)
+    plan = replace(plan, name="mine", actions=actions, peak_live=(3, 3))
+    for model in ("plain", "tied"):
+        module = PipelineModule(MODELS[model](), loss_fn=loss_fn, partition_method="uniform")
+        try:
+            pipeline(module, schedule=plan, num_micro_batches=3).train_batch(iter(batches(model, 3)))
+        except PipelineError as error:
+            return f"{model}: {error}"
+    return "nothing"
+
+
+def test_tied_weights_need_backwards_in_order() -> None:
+    found = run_ranks(out_of_order, 2)
+    assert all("tied: schedule 'mine': 0I2 comes where micro-batch 1 is next" in text for text in found)

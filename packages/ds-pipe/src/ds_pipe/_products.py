@@ -23,9 +23,10 @@ Part = tuple[Callable[[], Gradients], list[nn.Parameter]]  # makes the gradients
 class Record:
     """One micro-batch's forward of one chunk: how often each parameter was used, and what I leaves for W."""
 
-    __slots__ = ("deferred", "kept", "rest", "uses")
+    __slots__ = ("collecting", "deferred", "kept", "rest", "uses")
 
     def __init__(self) -> None:
+        self.collecting = False  # in I
         self.kept: list[Kept] = []
         self.uses: dict[int, int] = {}
         self.deferred: list[Part] = []
@@ -141,7 +142,7 @@ class Watch:
 
     def _defers(self, call: _Call) -> bool:
         form, inputs, weight, bias = call
-        if id(weight) not in self._deferrable or type(inputs) not in self._plain:
+        if id(weight) not in self._deferrable or not weight.requires_grad or type(inputs) not in self._plain:
             return False
         if weight.dim() != 2 or inputs.dim() < 2 or inputs.dtype != weight.dtype or inputs.layout != torch.strided:
             return False
@@ -162,7 +163,7 @@ class Watch:
 
     def waits(self, parameter: Tensor, record: Record) -> bool:
         """Whether the gradient of `parameter`, used by a call of `_FORMS`, is left to W."""
-        return id(parameter) in self._deferrable and record.uses.get(id(parameter), 0) <= 1
+        return parameter.requires_grad and id(parameter) in self._deferrable and record.uses.get(id(parameter), 0) <= 1
 
     def never(self, parameters: Iterable[nn.Parameter]) -> None:
         """Do not defer these from now on."""
@@ -217,7 +218,10 @@ class _Product(torch.autograd.Function):
         for at, (parameter, make) in enumerate(makers):
             if parameter is None or not parameter.requires_grad:
                 continue
-            if id(parameter) in ctx.deferrable and record.uses.get(id(parameter), 0) <= 1:
+            if not record.collecting:  # a gradient taken within the forward, which uses the parameter once more
+                record.uses[id(parameter)] = record.uses.get(id(parameter), 0) + 1
+                now[at] = make()
+            elif id(parameter) in ctx.deferrable and record.uses.get(id(parameter), 0) <= 1:
                 later.append((parameter, make))
             else:
                 now[at] = make()

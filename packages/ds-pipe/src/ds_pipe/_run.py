@@ -25,6 +25,7 @@ from ds_pipe._channels import ACTIVATION, EVALUATION, GRADIENT, Channels
 from ds_pipe._p2p import Incoming, flatten
 from ds_pipe._split import Record, SplitBackward
 from ds_pipe._ties import Ties
+from ds_pipe.errors import PipelineError
 from ds_pipe.module import PipelineModule
 from ds_pipe.rng import Seeds, seeded
 from ds_pipe.schedule.action import Action
@@ -43,7 +44,9 @@ class Stage:
     """This rank's part of the model and what runs it.
 
     `virtuals` are the virtual stages of its chunks, `splits` their I and W (None: whole backwards), but for the
-    (micro-batch, chunk) in `fused`, whose I does all of it. `around` is entered for each action, with its payload.
+    (micro-batch, chunk) in `fused`, whose I does all of it. Chunks `in_place` have modules that may write to what they
+    are given, which autograd forbids for a graph's inputs: they get copies. `around` is entered for each action, with
+    its payload.
     """
 
     model: nn.Module
@@ -55,6 +58,7 @@ class Stage:
     ties: Ties | None
     splits: tuple[SplitBackward | None, ...]
     fused: frozenset[tuple[int, int]]
+    in_place: frozenset[int]
     sync: GradientSync
     observers: list[Observer] = field(default_factory=list)
     around: Around | None = None
@@ -151,14 +155,15 @@ class Run:
         if incoming is not None:
             return incoming.wait()
         local = self._outgoing.pop(transfer)
-        return _detached(local) if kind == "F" else local
+        return _mapped(local, _detached) if kind == "F" else local
 
     def _forward(self, i: int, chunk: int, inputs: Any) -> None:
         stage, virtual = self._stage, self._stage.virtuals[chunk]
         split = stage.splits[chunk] if self._training and (i, chunk) not in stage.fused else None
         record = Record()
+        given = _mapped(inputs, _copied) if self._training and virtual and chunk in stage.in_place else inputs
         with split.watching(record) if split is not None else nullcontext():
-            outputs = stage.call(inputs, chunk, None if self._seeds is None else self._seeds(i))
+            outputs = stage.call(given, chunk, None if self._seeds is None else self._seeds(i))
             if virtual < stage.last:
                 self._outgoing[Transfer("activation", i, virtual, virtual + 1)] = outputs
             else:
@@ -175,6 +180,10 @@ class Run:
         if not self._with_loss:
             return None
         loss = self._stage.loss_fn(outputs, self._data[i][1])
+        if not isinstance(loss, Tensor) or loss.numel() != 1:
+            found = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
+            raise PipelineError(f"loss_fn returned {found}; expected a scalar tensor, the mean over the micro-batch")
+        loss = loss.reshape(()) if loss.dim() else loss
         self.losses.append(loss.detach())
         return self._stage.sync.scaled(loss) if self._training else None
 
@@ -200,7 +209,7 @@ class Run:
         inputs, outputs = self._live.pop((i, chunk))
         found = split.input_gradients(record, outputs, gradients, inputs)
         if stage.ties is not None:
-            stage.ties.exchange(virtual, record)
+            stage.ties.exchange(virtual, record, stage.sync)
         self._pass_back(i, virtual, inputs, found)
 
     def _weight_gradients(self, i: int, chunk: int, _: Any) -> None:
@@ -231,12 +240,21 @@ def _with_gradients(payload: Any) -> list[Tensor]:
     return [tensor for tensor in tensors if tensor.requires_grad]
 
 
-def _detached(payload: Any) -> Any:
-    """The payload with its tensors as leaves."""
+def _detached(tensor: Tensor) -> Tensor:
+    return tensor.detach().requires_grad_(tensor.requires_grad)
+
+
+def _copied(tensor: Tensor) -> Tensor:
+    return tensor.clone() if tensor.requires_grad else tensor
+
+
+def _mapped(payload: Any, function: Callable[[Tensor], Tensor]) -> Any:
+    """The payload with `function` of its tensors, in the containers that one from another rank has."""
     if isinstance(payload, Tensor):
-        return payload.detach().requires_grad_(payload.requires_grad)
+        return function(payload)
     if isinstance(payload, tuple | list):
-        return type(payload)([_detached(item) for item in payload])
+        items = [_mapped(item, function) for item in payload]
+        return tuple(items) if isinstance(payload, tuple) else items
     if isinstance(payload, dict):
-        return {key: _detached(item) for key, item in payload.items()}
+        return {key: _mapped(item, function) for key, item in payload.items()}
     return payload

@@ -18,7 +18,7 @@ from ds_pipe.module import PipelineModule, Tie
 from ds_pipe.schedule.action import Action, Schedule
 from ds_pipe.schedule.lower import Op, Recv
 
-__all__ = ["fused", "splits", "take"]
+__all__ = ["fused", "in_place", "splits", "take"]
 
 
 def take(data_iter: Iterator[Any] | None, num: int, stage: int, *, labelled: bool) -> list[tuple[Any, Any]]:
@@ -62,10 +62,9 @@ def splits(
         if not schedule.splits_backward and not any(virtual in tie.virtuals for tie in doubled):
             found.append(None)
             continue
-        parameters = model.chunks[chunk].parameters() if isinstance(model, PipelineModule) else model.parameters()
-        trainable = [parameter for parameter in parameters if parameter.requires_grad]
+        parameters = model.chunks[chunk].parameters() if isinstance(model, PipelineModule) else list(model.parameters())
         at_once = [tie.parameter for tie in ties if virtual in tie.virtuals]
-        found.append(SplitBackward(trainable, at_once=at_once, defers=schedule.splits_backward))
+        found.append(SplitBackward(parameters, at_once=at_once, defers=schedule.splits_backward))
     return tuple(found)
 
 
@@ -84,4 +83,15 @@ def fused(
             _, _, i, chunk = op
             if (following.micro_batch, following.chunk) == (i, chunk) and chunk not in apart:
                 found.add((i, chunk))
+    return frozenset(found)
+
+
+def in_place(model: nn.Module, num_chunks: int) -> frozenset[int]:
+    """The chunks with modules that say that they work in place, such as ReLU(inplace=True)."""
+    chunks = model.chunks if isinstance(model, PipelineModule) else None
+    found = set()
+    for chunk in range(num_chunks):
+        modules = [model] if chunks is None else chunks[chunk].modules
+        if any(getattr(part, "inplace", False) is True for module in modules for part in module.modules()):
+            found.add(chunk)
     return frozenset(found)

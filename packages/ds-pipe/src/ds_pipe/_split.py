@@ -33,18 +33,23 @@ __all__ = ["Record", "SplitBackward", "deliver"]
 
 
 class SplitBackward:
-    """I and W of one chunk, whose trainable parameters are given; those in `at_once` are never deferred.
+    """I and W of one chunk, whose parameters are given; those in `at_once` are never deferred.
 
-    Without `defers` none is, and W only delivers what I found.
+    Without `defers` none is, and W only delivers what I found. Which ones learn may change from batch to batch.
     """
 
     def __init__(
         self, parameters: Sequence[nn.Parameter], *, at_once: Sequence[nn.Parameter] = (), defers: bool = True
     ) -> None:
-        self.parameters = list(parameters)
+        self._parameters = list(parameters)
         known = {id(parameter) for parameter in parameters}
         self._watch = Watch(parameters, known - {id(parameter) for parameter in at_once}) if defers else None
         self._checked = False
+
+    @property
+    def parameters(self) -> list[nn.Parameter]:
+        """Those that learn."""
+        return [parameter for parameter in self._parameters if parameter.requires_grad]
 
     @contextmanager
     def watching(self, record: Record, *, recomputing: bool = False) -> Iterator[None]:
@@ -62,12 +67,14 @@ class SplitBackward:
         self, record: Record, outputs: list[Tensor], gradients: list[Tensor | None], inputs: list[Tensor]
     ) -> list[Tensor | None]:
         """I: the gradients of `inputs`; what parameters get waits in `record`."""
-        if not outputs or not (inputs or self.parameters):
+        parameters = self.parameters
+        if not outputs or not (inputs or parameters):
             return [None] * len(inputs)
         kept, waiting = self._choose(record, outputs)
-        now = [parameter for parameter in self.parameters if id(parameter) not in waiting]
+        now = [parameter for parameter in parameters if id(parameter) not in waiting]
         wanted = (*inputs, *now, *(call.edge for call, _ in kept))
         starts = [torch.ones_like(o) if g is None else g for o, g in zip(outputs, gradients, strict=True)]
+        record.collecting = True
         with _without_tensor_hooks(now), self.watching(record, recomputing=True):
             found = _grad(tuple(outputs), tuple(starts), wanted)
         middle, end = len(inputs), len(inputs) + len(now)

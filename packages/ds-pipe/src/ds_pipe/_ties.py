@@ -19,11 +19,13 @@ from contextlib import contextmanager
 from functools import partial
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ds_pipe._channels import TIE, TOTAL, Channels
 from ds_pipe._split import Record, deliver
+from ds_pipe.errors import PipelineError
 from ds_pipe.module import Tie
+from ds_pipe.schedule.action import Schedule
 from ds_pipe.sync import GradientSync
 
 __all__ = ["Ties"]
@@ -32,15 +34,16 @@ __all__ = ["Ties"]
 class Ties:
     """The tied weights of rank `stage` of the pipeline."""
 
-    def __init__(self, ties: Sequence[Tie], placement: Sequence[int], stage: int, channels: Channels) -> None:
-        self._ties = [tie for tie in ties if tie.parameter.requires_grad]
-        self._placement = placement
+    def __init__(self, ties: Sequence[Tie], schedule: Schedule, stage: int, channels: Channels) -> None:
+        self._ties = ties
+        self._placement = schedule.placement
+        _check_order(schedule)
         self._stage = stage
         self._channels = channels
         self._held: dict[tuple[int, int], deque[Tensor]] = {}  # by tie and use: gradients made here, at the owner
 
     def used_by(self, virtual: int) -> list[Tie]:
-        return [tie for tie in self._ties if virtual in tie.virtuals]
+        return [tie for tie in self._ties if virtual in tie.virtuals and tie.parameter.requires_grad]
 
     def begin(self) -> None:
         self._held.clear()
@@ -56,25 +59,28 @@ class Ties:
             for hook in hooks:
                 hook.remove()
         for tie in list(missing):  # not used in this micro-batch, but others may have
-            total = self._contribute(tie, virtual, None)
+            total = self._contribute(tie, virtual, _zeros(tie.parameter, sync))
             if total is not None:
                 with sync.whole([tie.parameter]):
                     deliver([], {tie.parameter: total})
 
     def _on_gradient(self, missing: list[Tie], tie: Tie, virtual: int, gradient: Tensor) -> Tensor | None:
         missing.remove(tie)
-        return self._contribute(tie, virtual, gradient)
+        return self._contribute(tie, virtual, gradient.detach())
 
-    def exchange(self, virtual: int, record: Record) -> None:
+    def exchange(self, virtual: int, record: Record, sync: GradientSync) -> None:
         """After I of virtual stage `virtual`: its tied gradients leave `record`, the owner's sums come in."""
         for tie in self.used_by(virtual):
-            total = self._contribute(tie, virtual, record.rest.pop(tie.parameter, None))
+            own = record.rest.pop(tie.parameter, None)
+            total = self._contribute(tie, virtual, _zeros(tie.parameter, sync) if own is None else own)
             if total is not None:
                 record.rest[tie.parameter] = total
 
     def finish(self, sync: GradientSync) -> None:
         """After the last micro-batch: every holder takes over the owner's total."""
         for tie in self._ties:
+            if not tie.parameter.requires_grad:
+                continue
             owner, *others = tie.stages
             if self._stage == owner and others:
                 total = sync.tied_sum(tie.parameter)
@@ -83,9 +89,8 @@ class Ties:
             elif others:
                 sync.set_tied_sum(tie.parameter, self._channels.receive(TOTAL, tie.number, owner))
 
-    def _contribute(self, tie: Tie, virtual: int, gradient: Tensor | None) -> Tensor | None:
+    def _contribute(self, tie: Tie, virtual: int, own: Tensor) -> Tensor | None:
         """One use's gradient for the next micro-batch; the sum of all uses where it is the owner's first."""
-        own = torch.zeros_like(tie.parameter) if gradient is None else gradient.detach()
         owner = tie.stages[0]
         if self._stage != owner:
             self._channels.send(TIE, self._channel(tie, virtual), owner, own)
@@ -105,3 +110,23 @@ class Ties:
 
     def _channel(self, tie: Tie, virtual: int) -> int:
         return tie.number * len(self._placement) + virtual
+
+
+def _check_order(schedule: Schedule) -> None:
+    """Uses meet by their order, so every chunk's backwards must come in ascending order of micro-batches."""
+    for actions in schedule.actions:
+        following = [0] * schedule.num_chunks
+        for action in actions:
+            if action.kind in "BI":
+                if action.micro_batch != following[action.chunk]:
+                    raise PipelineError(
+                        f"schedule {schedule.name!r}: {action} comes where micro-batch {following[action.chunk]} is "
+                        "next; with tied weights the input gradients of a chunk come in ascending order"
+                    )
+                following[action.chunk] += 1
+
+
+def _zeros(parameter: nn.Parameter, sync: GradientSync) -> Tensor:
+    """The gradient of a use that a micro-batch left out."""
+    with sync.whole([parameter]):
+        return torch.zeros_like(parameter)

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 import ds_comm
 from ds_pipe._channels import ACTIVATION, EVALUATION, GRADIENT, Channels
 from ds_pipe._run import Around, LossFn, Observer, Run, Stage
-from ds_pipe._setup import fused, splits, take
+from ds_pipe._setup import fused, in_place, splits, take
 from ds_pipe._ties import Ties
 from ds_pipe.errors import PipelineError
 from ds_pipe.module import PipelineModule
@@ -132,7 +132,7 @@ class Pipeline:
                 for purpose in purposes:
                     self._channels.open(purpose, op.transfer.source, op.peer)
         ties = model.ties() if isinstance(model, PipelineModule) else []
-        self._ties = Ties(ties, schedule.placement, self.stage_id, self._channels) if ties else None
+        self._ties = Ties(ties, schedule, self.stage_id, self._channels) if ties else None
         virtuals = schedule.chunks[self.stage_id]
         halves = splits(model, schedule, virtuals, ties)
         self._stage = Stage(
@@ -145,6 +145,7 @@ class Pipeline:
             self._ties,
             halves,
             fused(self._program, virtuals, ties, halves),
+            in_place(model, len(virtuals)),
             gradient_sync,
         )
         self._failure: str | None = None
@@ -277,13 +278,15 @@ class Pipeline:
 
     @contextmanager
     def _evaluating(self) -> Iterator[None]:
-        training = self.model.training
+        modes = [(module, module.training) for module in self.model.modules()]
         self.model.eval()
         try:
             with torch.no_grad():
                 yield
         finally:
-            self.model.train(training)
+            for module, training in modes:  # parents first, and each may have a mode of its own
+                if module.training != training:
+                    module.train(training)
 
     def _mean(self, losses: list[Tensor], num: int) -> Tensor:
         total = torch.zeros((), device=self._stage.device)

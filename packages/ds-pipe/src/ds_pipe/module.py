@@ -131,6 +131,7 @@ class PipelineModule(nn.Module):
         placement: Literal["loop", "v"] = "loop",
     ) -> None:
         super().__init__()
+        layers = list(layers)  # any iterable will do
         self._axes = _pipe_group(num_stages, topology, group)
         self.group = self._axes.group
         self.stage_id, self.num_stages = ds_comm.get_rank(self.group), ds_comm.get_world_size(self.group)
