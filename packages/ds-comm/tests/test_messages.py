@@ -153,6 +153,30 @@ def test_sends_beyond_the_limit_do_not_lock() -> None:
     run_ranks(both_send_first, 2, 1 << 20, env=SMALL)
 
 
+def waits_elsewhere(numel: int) -> float:
+    """Rank 0 waits in another group for rank 2, which waits for rank 1, which waits for the rest of rank 0's send."""
+    rank = ds_comm.get_rank()
+    groups = [ds_comm.new_group([0, 2]), ds_comm.new_group([1])]
+    group = groups[rank % 2]
+    ds_comm.barrier(group)
+    box = torch.full((numel,), float(rank))
+    if rank == 0:
+        work = ds_comm.isend(box, 1)
+        ds_comm.barrier(group)
+        work.wait()
+    elif rank == 1:
+        ds_comm.recv(box, 0)
+        ds_comm.send(box[:1], 2)
+    else:
+        ds_comm.recv(box[:1], 1)
+        ds_comm.barrier(group)
+    return box[0].item()
+
+
+def test_a_send_beyond_the_limit_goes_on_in_any_wait() -> None:
+    assert run_ranks(waits_elsewhere, 3, 1 << 20, env=SMALL, transport="shm", timeout=20) == [0.0, 0.0, 0.0]
+
+
 def many_small(num: int) -> None:
     """More messages than there are records, none of them asked for before the last is sent."""
     if ds_comm.get_rank() == 0:

@@ -14,7 +14,7 @@ from __future__ import annotations
 import os
 import select
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from time import monotonic
 
 from ds_comm.errors import CommArgumentError
@@ -49,9 +49,13 @@ def seconds_from_environment() -> float:
 
 @dataclass
 class Watchdog:
-    """The limit in seconds; one object shared by every communicator of the process, so that it can be changed."""
+    """The limit in seconds; one object shared by every communicator of the process, so that it can be changed.
+
+    meanwhile: called again and again in every wait, of whatever group: what others wait for may depend on it.
+    """
 
     seconds: float = DEFAULT_SECONDS
+    meanwhile: set[Callable[[], None]] = field(default_factory=set)
 
 
 class Patience:

@@ -245,11 +245,17 @@ class Control:
         while pending():
             self.raise_failures()
             self.compare()
+            for move in tuple(self._watchdog.meanwhile):
+                move()
             if patience.waited >= next_check:
                 next_check = patience.waited + _PEER_CHECK_SECONDS
                 self._check_peers(pending, patience)
             time.sleep(pause)
             pause = min(pause * 1.3, _LAST_SLEEP)
+
+    def meanwhile(self, move: Callable[[], None], wanted: bool) -> None:
+        """Have every wait of this process, of whatever group, call `move` again and again, or no more."""
+        (self._watchdog.meanwhile.add if wanted else self._watchdog.meanwhile.discard)(move)
 
     def _check_peers(self, pending: Callable[[], list[int]], patience: Patience) -> None:
         """Raise if a rank we wait for will not come. A rank may go right after it came, so ask again."""

@@ -7,8 +7,8 @@ Vocabulary
 Invariants
   - Messages of one tag between two ranks arrive in the order of their sends. A receive may be posted before its send.
   - A send never waits: up to `capacity` bytes per direction are under way at once, what is beyond that is deferred
-    and moves whenever this rank starts, polls or waits for a message. So does what this rank receives, so two ranks
-    that send each other any amount before they receive do not lock.
+    and moves whenever this rank starts or polls a message, or waits for anything on shm, in whatever group. So does
+    what this rank receives, so two ranks that send each other any amount before they receive do not lock.
   - Ends that differ in size or dtype make every rank of the group raise DivergenceError; a wait for a rank that is gone
     or silent ends as all waits of the control block do.
 """
@@ -130,6 +130,7 @@ class Messages(Messenger):
 
     def close(self) -> None:
         self._closed = True
+        self._control.meanwhile(self._move, False)
         for outlet in self._outlets.values():
             outlet.close()
         for inlet in self._inlets.values():
@@ -225,6 +226,7 @@ class Messages(Messenger):
                 self.push(work)
             if not work.finished:
                 queue.append(work)
+                self._control.meanwhile(self._move, True)
                 self._outlets[work.peer].stall(True)
         return work
 
@@ -244,6 +246,18 @@ class Messages(Messenger):
                 self._tensors.clear()
             data = self._tensors[key] = self._outlets[dst].memory[offset : offset + nbytes]
         return data
+
+    def _move(self) -> None:
+        """What any wait of this process does while sends are deferred."""
+        if not self._lock.acquire(blocking=False):
+            return
+        try:
+            if not self._closed:
+                self._advance()
+            if not any(self._deferred.values()):
+                self._control.meanwhile(self._move, False)
+        finally:
+            self._lock.release()
 
     def _advance(self) -> None:
         for inlet in self._inlets.values():
