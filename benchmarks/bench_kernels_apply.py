@@ -33,6 +33,7 @@ def main() -> None:
     parser.add_argument("--dtypes", default="bf16,fp32")
     parser.add_argument("--what", choices=["time", "memory", "losses"], default="time")
     parser.add_argument("--steps", type=int, default=30, help="of `losses`")
+    parser.add_argument("--tokens", type=int, default=256, help="of a sequence, in `losses` and `memory`")
     parser.add_argument("--one", choices=CONTENDERS, help="internal: measure this contender in this process")
     arguments = parser.parse_args()
     folder = arguments.scratch or Path(tempfile.gettempdir()) / "ds-bench-kernels"
@@ -69,11 +70,12 @@ def compare(bench: KernelBench, dtype: str) -> None:
     arguments, losses = bench.arguments, []
     for name in CONTENDERS:
         command = [sys.executable, __file__, "--one", name, "--dtypes", dtype, "--what", arguments.what]
-        command += ["--steps", str(arguments.steps), "--device", arguments.device]
+        command += ["--steps", str(arguments.steps), "--device", arguments.device, "--tokens", str(arguments.tokens)]
         command += ["--scratch", str(arguments.scratch)] if arguments.scratch else []
         done = subprocess.run(command, check=True, capture_output=True, text=True)
         figures = json.loads(done.stdout.splitlines()[-1])
-        line = {"bench": bench.name, "run": bench.run, "case": f"{arguments.what}, SmolLM2-135M, 2 x 256, {dtype}"}
+        case = f"{arguments.what}, SmolLM2-135M, 2 x {arguments.tokens}, {dtype}"
+        line = {"bench": bench.name, "run": bench.run, "case": case}
         versions = {"contender": name, "torch": torch.__version__}
         write_line(Path(arguments.results) / f"{bench.name}.jsonl", {**line, **versions, **figures, **machine()})
         print(f"{arguments.what} {dtype} {name:16} {figures}", flush=True)
@@ -101,6 +103,11 @@ def step(model: Any, inputs: dict[str, Any]) -> float:
     return float(loss)  # waits for the device
 
 
+def cut(inputs: dict[str, Any], tokens: int) -> dict[str, Any]:
+    """The first tokens of every sequence."""
+    return {name: value[:, :tokens] if torch.is_tensor(value) else value for name, value in inputs.items()}
+
+
 def measure(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """One contender in this process."""
     model, inputs = prepared(folder, arguments.dtypes, arguments.device)
@@ -110,18 +117,17 @@ def measure(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
         optimizer = torch.optim.AdamW(model.parameters(), lr=2e-5, fused=True)
         losses = []
         for index in range(arguments.steps):
-            losses.append(step(model, inputs(index)))
+            losses.append(step(model, cut(inputs(index), arguments.tokens)))
             optimizer.step()
         return {"losses": losses}
-    short = {name: value[:, :8] if torch.is_tensor(value) else value for name, value in inputs(0).items()}
-    step(model, short)  # compiles, allocates workspaces
+    step(model, cut(inputs(0), 8))  # compiles, allocates workspaces
     model.zero_grad()
     if arguments.device != "cpu":
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated() / 1e6
-        step(model, inputs(0))
+        step(model, cut(inputs(0), arguments.tokens))
         return {"extra_mb": torch.cuda.max_memory_allocated() / 1e6 - before}
-    peak, before = peak_rss_mb(lambda: step(model, inputs(0)))
+    peak, before = peak_rss_mb(lambda: step(model, cut(inputs(0), arguments.tokens)))
     return {"extra_mb": peak - before}
 
 
