@@ -2,8 +2,9 @@
 
 Serving, the half that plans and needs no torch: requests (`SamplingParams`, `Request`), the blocks of a paged cache
 (`BlockManager`) and continuous batching (`Scheduler`); `sample` draws their tokens. Tensor parallelism as a plan
-(`plan_tensor_parallel`), pure too. The configuration of `init_inference` (`DeepSpeedInferenceConfig`, `resolve_config`). Names are imported when they
-are first used.
+(`plan_tensor_parallel`), pure too, and what reads only a rank's part of each tensor from a checkpoint
+(`open_checkpoint`). The configuration of `init_inference` (`DeepSpeedInferenceConfig`, `resolve_config`). Names are
+imported when they are first used.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
         PlanError,
         RequestError,
     )
+    from ds_inference.loader import Checkpoint, open_checkpoint
     from ds_inference.serve.blocks import BlockManager
     from ds_inference.serve.request import Request, RequestState, SamplingParams
     from ds_inference.serve.sampler import Sampled, SampleRow, sample
@@ -32,6 +34,7 @@ if TYPE_CHECKING:
 _NAMES = {
     "config": ("DeepSpeedInferenceConfig", "default_inference_config", "resolve_config"),
     "errors": ("CapacityError", "CheckpointError", "ConfigError", "LogitsError", "PlanError", "RequestError"),
+    "loader": ("Checkpoint", "open_checkpoint"),
     "serve.blocks": ("BlockManager",),
     "serve.request": ("Request", "RequestState", "SamplingParams"),
     "serve.sampler": ("SampleRow", "Sampled", "sample"),
@@ -53,6 +56,9 @@ __all__ = [
     "LogitsError",
     "PlanError",
     "RequestError",
+    # checkpoints
+    "Checkpoint",
+    "open_checkpoint",
     # serving: requests, blocks, scheduler, sampler
     "BlockManager",
     "Progress",
