@@ -71,7 +71,26 @@ def half_frozen() -> list[Any]:
     return [first, second, LayerSpec(nn.Linear, WIDTH, WIDTH), LayerSpec(nn.Linear, WIDTH, VOCABULARY)]
 
 
-LAYERS: dict[str, Callable[[], list[Any]]] = {"tied": tied, "plain": plain, "half_frozen": half_frozen}
+def looked_up(module: nn.Module, tokens: torch.Tensor) -> torch.Tensor:
+    """The embedding's rows, or, every second time, something else (on all replicas alike, as stage 3 demands)."""
+    module.calls = getattr(module, "calls", 0) + 1
+    if module.calls % 2 == 0:
+        return nn.functional.one_hot(tokens % WIDTH, WIDTH).float()
+    return nn.functional.embedding(tokens, module.get_parameter("weight"))
+
+
+def leaves_out() -> list[Any]:
+    """A tied embedding whose first use some micro-batches leave out."""
+    rest = tied()[1:]
+    return [TiedLayerSpec("embed", nn.Embedding, VOCABULARY, WIDTH, forward_fn=looked_up), *rest]
+
+
+LAYERS: dict[str, Callable[[], list[Any]]] = {
+    "tied": tied,
+    "plain": plain,
+    "half_frozen": half_frozen,
+    "leaves_out": leaves_out,
+}
 
 
 class Unsplit(nn.Module):

@@ -351,3 +351,14 @@ def nonfinite() -> list[str]:
 def test_a_gradient_that_is_not_finite_is_named_on_all_stages() -> None:
     found = run_ranks(nonfinite, 4)
     assert all(text.startswith("NonFiniteGradientError: the gradient of 0.weight") for (text,) in found), found
+
+
+def no_iterator() -> list[str]:
+    """A loader is no iterator: each step would begin anew with its first batches."""
+    engine = make_pipeline("plain", config_of())
+    return texts(lambda: engine.train_batch([micro_batch(0, 0, i) for i in range(2 * NUM)]))
+
+
+def test_data_that_are_no_iterator_are_refused() -> None:
+    for (text,) in run_ranks(no_iterator, 2):
+        assert text.startswith("PipelineError") and "iter(loader)" in text

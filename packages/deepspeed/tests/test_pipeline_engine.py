@@ -90,3 +90,9 @@ def test_one_micro_batch_and_a_gradient_dtype() -> None:
         config = make_config(stage, "bf16", 1, data_types={"grad_accum_dtype": "fp32"})
         pipelined = run_ranks(train_pipeline, 4, "tied", config, STEPS)
         check_equal(pipelined, run_ranks(train_unsplit, 2, "tied", config, STEPS)[0])
+
+
+@pytest.mark.parametrize(("stage", "schedule"), [(0, "1f1b"), (3, "1f1b"), (3, "zb_h1")])
+def test_a_tied_weight_that_a_micro_batch_leaves_out(stage: int, schedule: str) -> None:
+    """At stage 3 the weight is not even gathered then, and still its other use's gradient counts."""
+    both("leaves_out", stage, "fp32", schedule)

@@ -212,6 +212,8 @@ class PipelineEngine(DeepSpeedEngine):
             if self._data is None and self.training_dataloader is not None:
                 self._data = RepeatingLoader(self.training_dataloader)
             given = self._data
+        if given is not None and not isinstance(given, Iterator):  # iterated anew, it would give the same each time
+            return given  # the executor refuses it, on all stages
         fp16 = self._config.fp16.enabled and self._config.fp16.auto_cast
         prepare = partial(_prepared, fn=self._batch_fn, halve=fp16, device=self.device)
         return given if given is None else map(prepare, given)
