@@ -13,7 +13,8 @@ import torch
 from test_divergence import caught
 
 import ds_comm
-from ds_comm.testing import Died, run_ranks
+from ds_comm.testing import Died, RankFailure, run_ranks
+from ds_comm.transport._messages import plan_capacity
 
 TRANSPORTS = ["shm", "gloo"]
 SMALL = {"DS_COMM_MESSAGE_LIMIT": str(256 << 10)}
@@ -510,3 +511,16 @@ def one_is_kept(num: int) -> int:
 
 def test_a_block_that_is_kept_for_ever() -> None:
     assert run_ranks(one_is_kept, 2, 2000, transport="shm", timeout=30) == [2000, 2000]
+
+
+@pytest.mark.parametrize("text", ["1000", "64MB"])
+def test_a_limit_that_is_none(text: str) -> None:
+    with pytest.raises(RankFailure) as info:
+        run_ranks(kind_and_messages, 2, env={"DS_COMM_MESSAGE_LIMIT": text}, timeout=30)
+    assert f"DS_COMM_MESSAGE_LIMIT='{text}': expected a number of bytes, at least 65536" in str(info.value)
+
+
+def test_capacity_by_group_size() -> None:
+    assert [plan_capacity(size, None, None) >> 20 for size in (2, 8, 16, 64, 256)] == [256, 256, 68, 4, 1]
+    assert plan_capacity(2, 100_000, None) == 102_400
+    assert plan_capacity(2, None, 400_000) == 0

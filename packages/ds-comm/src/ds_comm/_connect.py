@@ -21,7 +21,7 @@ from ds_comm.communicator import Communicator
 from ds_comm.errors import CommArgumentError, CommError, RankMissingError
 from ds_comm.log import get_logger
 from ds_comm.transport._control import ROW_NBYTES, Control, Members
-from ds_comm.transport._messages import Messages, area_nbytes, plan_capacity
+from ds_comm.transport._messages import Messages, area_nbytes, message_limit, plan_capacity
 from ds_comm.transport._observer import Observer, Ranks
 from ds_comm.transport._segment import Arena, Segment, shared_limit
 from ds_comm.transport.base import Transport
@@ -152,11 +152,12 @@ def _share_control(
 
     Both lie in one segment: the directions between all pairs of ranks cost address space only, until they are used.
     """
+    limit = message_limit()  # on every rank, though rank 0 alone plans: a mistake is told by all
     nbytes = comm.size * ROW_NBYTES
     fd, offer = -1, b""
     if comm.rank == 0:
         try:
-            capacity = plan_capacity(comm.size, shared_limit())
+            capacity = plan_capacity(comm.size, limit, shared_limit())
             fd, path = Arena().create(nbytes, sparse_nbytes=area_nbytes(comm.size, capacity))
             offer = f"+{capacity}:{path}".encode()
         except OSError as error:

@@ -214,17 +214,18 @@ class Control:
         fence()
         self.compare()
 
-    def await_peer(self, peer: int, done: Callable[[], bool], what: What) -> None:
-        """Return when ``done()``, which ``peer`` may still have to act for (any other rank may have gone)."""
-        self._await(lambda: [] if done() else [peer], what, None)
+    def await_peer(self, peer: int | None, done: Callable[[], bool], what: What) -> None:
+        """Return when ``done()``, which ``peer`` may still have to act for (None: some peer, until all have gone)."""
 
-    def await_any(self, done: Callable[[], bool], what: What) -> None:
-        """Return when ``done()``, which some peer may still have to act for; raises once all of them have gone."""
+        def pending() -> list[int]:
+            if done():
+                return []
+            if peer is not None:
+                return [peer]
+            left = [r for r, p in self._peers.items() if not self._words[self._word(r, _LEFT)] and not p.gone()]
+            return left or list(self._peers)
 
-        def present() -> list[int]:
-            return [r for r, peer in self._peers.items() if not self._words[self._word(r, _LEFT)] and not peer.gone()]
-
-        self._await(lambda: [] if done() else (present() or list(self._peers)), what, None)
+        self._await(pending, what, None)
 
     def await_condition(self, done: Callable[[], bool], what: What, limit: float | None = None) -> None:
         """Return when ``done()``, which any peer may still have to act for."""

@@ -49,16 +49,24 @@ _TENSORS = 64
 _BYTE = dtype_code(torch.uint8)
 
 
-def plan_capacity(size: int, shared_limit: int | None) -> int:
-    """Bytes that may be under way from one rank to another in a group of ``size``; 0: no messages through memory.
-
-    shared_limit: the bytes of shared memory that the group may use, of which messages take at most a quarter.
-    """
-    text = os.environ.get(_LIMIT, str(_CAPACITY_NBYTES))
+def message_limit() -> int | None:
+    """``DS_COMM_MESSAGE_LIMIT``, or None where it is not set; CommArgumentError where it is no sensible number."""
+    text = os.environ.get(_LIMIT)
+    if text is None:
+        return None
     if not text.isdecimal() or int(text) < _LEAST_CAPACITY:
         raise CommArgumentError(f"{_LIMIT}={text!r}: expected a number of bytes, at least {_LEAST_CAPACITY}")
+    return int(text)
+
+
+def plan_capacity(size: int, limit: int | None, shared_limit: int | None) -> int:
+    """Bytes that may be under way from one rank to another in a group of ``size``; 0: no messages through memory.
+
+    limit: the wish of the environment. shared_limit: the bytes of shared memory that the group may use, of which
+    messages take at most a quarter.
+    """
     directions = size * (size - 1)
-    capacity = max(1 << 20, min(int(text), _CAPACITY_OF_ALL // directions)) if _LIMIT not in os.environ else int(text)
+    capacity = limit or max(1 << 20, min(_CAPACITY_NBYTES, _CAPACITY_OF_ALL // directions))
     if shared_limit is not None:
         capacity = min(capacity, shared_limit // 4 // directions - BLOCKS_AT)
     return 0 if capacity < _LEAST_CAPACITY else round_up(capacity, PAGE)
@@ -125,7 +133,7 @@ class Messages(Messenger):
         for peer in range(self._control.size):
             if peer != self._control.rank:
                 self._inlet(peer)
-        self._control.await_any(look, entry.describe)
+        self._control.await_peer(None, look, entry.describe)
         return found[0]
 
     def close(self) -> None:
