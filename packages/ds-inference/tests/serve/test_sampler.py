@@ -86,6 +86,18 @@ def test_equals_one_plain_row_at_a_time(seed: int, vocabulary: int, num_rows: in
         assert all(value == pytest.approx(float(logprobs[token]), abs=1e-6) for token, value in one.top)
 
 
+@pytest.mark.parametrize("spread", [0.01, 3.0])
+def test_top_p_over_a_vocabulary_of_real_size(spread: float) -> None:
+    """Flat, where the most likely thousand do not reach p, and peaked, where they do."""
+    logits = torch.randn(4, 3000, generator=torch.Generator().manual_seed(1)) * spread
+    rows = [SampleRow(SamplingParams(top_p=p), at, at) for at, p in enumerate((0.2, 0.9, 0.99, 0.6))]
+    together = sample(logits, rows)
+    assert [one.token for one in together] == [
+        plain(line, row) for line, row in zip(logits.tolist(), rows, strict=True)
+    ]
+    assert [sample(logits[at : at + 1], [row])[0] for at, row in enumerate(rows)] == together
+
+
 @settings(max_examples=60, deadline=None)
 @given(st.integers(0, 2**32))
 def test_a_row_is_the_same_in_any_batch(seed: int) -> None:
