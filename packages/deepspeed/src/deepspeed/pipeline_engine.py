@@ -204,7 +204,7 @@ class PipelineEngine(DeepSpeedEngine):
         """Apply `fn` to each micro-batch that comes from the data; it returns (inputs, labels)."""
         self._batch_fn = fn
 
-    def _micro_batches(self, given: Iterator[Any] | None = None) -> Iterator[Any] | None:
+    def _micro_batches(self, given: Any = None) -> Any:
         """The stage's data as the executor takes them; None where no data are needed."""
         if not (self.is_first_stage() or self.is_last_stage()):
             return None
