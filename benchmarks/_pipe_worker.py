@@ -187,12 +187,12 @@ class Ours:
                     given = layer(given)
         start = time.perf_counter()
         for tokens, labels in data:
-            fed = tokens if first else {**given, "hidden": given["hidden"].detach().requires_grad_()}
+            fed = tokens if first else with_hidden(given, hidden_of(given).detach().requires_grad_())
             outputs = runner.model(fed)
             if last:
                 (self.pipe.causal_lm_loss(outputs, labels) / len(data)).backward()
             else:
-                outputs["hidden"].backward(torch.ones_like(outputs["hidden"]))
+                hidden_of(outputs).backward(torch.ones_like(hidden_of(outputs)))
         return {"seconds": time.perf_counter() - start}
 
     def plan(self) -> dict[str, Any]:
@@ -251,6 +251,16 @@ class Peer:
 
     def plan(self) -> dict[str, Any]:
         return {"parts": self.split}
+
+
+def hidden_of(state: Any) -> Any:
+    """The hidden states in what goes between layers: after the norm they are all of it."""
+    return state["hidden"] if isinstance(state, dict) else state
+
+
+def with_hidden(state: Any, hidden: Tensor) -> Any:
+    """The same with other hidden states."""
+    return {**state, "hidden": hidden} if isinstance(state, dict) else hidden
 
 
 def resident_mb(peak: bool = False) -> float:
