@@ -204,3 +204,38 @@ def test_a_rank_that_cannot_write_is_an_error_on_every_rank(tmp_path: Path) -> N
     first, second = run_ranks(unwritable, 2, str(tmp_path))
     assert first == second
     assert first.startswith("stage 1: ") and "file" in first
+
+
+def sharded(folder: str) -> list[str]:
+    module = PipelineModule([nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH)])
+    module.save_state_dict(folder)
+    if ds_comm.get_rank():
+        weight = module.get_parameter("1.weight")
+        weight.ds_numel = weight.numel()  # type: ignore[attr-defined]  # as ZeRO stage 3 leaves it
+        weight.data = torch.empty(0)
+    found = []
+    for act in (module.load_state_dir, module.save_state_dict):
+        with pytest.raises(PipelineError) as error:
+            act(folder)
+        found.append(str(error.value))
+    return found
+
+
+def test_sharded_parameters_are_refused_on_every_rank(tmp_path: Path) -> None:
+    """Files without their elements would look like a save."""
+    for texts in run_ranks(sharded, 2, str(tmp_path)):
+        assert all("stage 1: weight is sharded" in text for text in texts)
+
+
+def replicas_that_cannot(folder: str) -> str:
+    """Only the first replica writes; the second learns that it could not."""
+    module = PipelineModule([nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH)], num_stages=2)
+    (Path(folder) / "file").write_text("")
+    with pytest.raises(PipelineError) as error:
+        module.save_state_dict(Path(folder) / "file")
+    return str(error.value)
+
+
+def test_replicas_do_not_wait_for_one_that_cannot_write(tmp_path: Path) -> None:
+    texts = run_ranks(replicas_that_cannot, 4, str(tmp_path), timeout=30)
+    assert len(set(texts)) == 1 and texts[0].startswith("stage 0: ")

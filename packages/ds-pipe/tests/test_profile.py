@@ -74,6 +74,15 @@ class Counting(nn.Module):
         return nn.functional.dropout(inputs * self.scale)
 
 
+def test_layers_that_work_in_place() -> None:
+    """Every layer is given a leaf, to which autograd lets nobody write."""
+    inputs, labels = sample()
+    before = inputs.clone()
+    layers = [nn.ReLU(inplace=True), nn.Linear(WIDTH, WIDTH), nn.ReLU(inplace=True), nn.Linear(WIDTH, WIDTH)]
+    assert len(profile_layers(layers, (inputs, labels), loss_fn, repeats=1).forward) == 4
+    assert torch.equal(inputs, before)
+
+
 def test_nothing_is_changed() -> None:
     module = Counting()
     module.scale.grad = torch.full((WIDTH,), 3.0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import namedtuple
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -59,7 +60,38 @@ def slopes() -> list[Any]:
     return [layer for _ in range(2) for layer in (LayerSpec(nn.Linear, WIDTH, WIDTH), LayerSpec(Slope))]
 
 
-MORE = {"in_place": in_place, "named": named, "slopes": slopes}
+class Scaled(torch.autograd.Function):
+    """Takes a weight where no torch call shows it."""
+
+    @staticmethod
+    def forward(ctx: Any, inputs: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(inputs, weight)
+        return inputs * weight.mean()
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any) -> Any:
+        inputs, weight = ctx.saved_tensors
+        return gradients[0] * weight.mean(), ((gradients[0] * inputs).mean()) * torch.ones_like(weight)
+
+
+class Later(nn.Linear):
+    """From its third forward on it uses its weight twice."""
+
+    def __init__(self) -> None:
+        super().__init__(WIDTH, WIDTH)
+        self.calls = 0
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        self.calls += 1
+        outputs = super().forward(inputs)
+        return outputs if self.calls < 3 else outputs + Scaled.apply(inputs, self.weight)  # type: ignore[no-untyped-call]
+
+
+def later() -> list[Any]:
+    return [LayerSpec(Later) for _ in range(4)]
+
+
+MORE = {"later": later, "in_place": in_place, "named": named, "slopes": slopes}
 
 
 def train(make: str, schedule: str, options: dict[str, Any]) -> tuple[list[float], dict[str, torch.Tensor]]:
@@ -79,8 +111,10 @@ RECOMPUTED = {"activation_checkpoint_interval": 1}
 @pytest.mark.parametrize(
     ("schedule", "options"), [("1f1b", {}), ("zb_h1", {}), ("zb_h1", RECOMPUTED), ("zb_v", V)], ids=str
 )
-@pytest.mark.parametrize("model", ["in_place", "named", "slopes"])
+@pytest.mark.parametrize("model", ["in_place", "later", "named", "slopes"])
 def test_layers_of_any_manner(model: str, schedule: str, options: dict[str, Any]) -> None:
+    if model == "later" and options == RECOMPUTED:
+        pytest.skip("a recompute would be a forward of another kind")
     MODELS.update(MORE)
     losses, weights = train_unsplit(model, 2, 3)
     for found, part in run_ranks(train, 2, model, schedule, options):
@@ -103,6 +137,25 @@ def modes() -> tuple[list[bool], list[bool]]:
 def test_evaluation_leaves_every_module_in_its_mode() -> None:
     for before, after in run_ranks(modes, 2):
         assert after == before and True in before and False in before
+
+
+def evaluate_by(rows: Sequence[int]) -> list[float]:
+    module = PipelineModule(MODELS["plain"](), loss_fn=loss_fn, seed_layers=True)
+    runner = pipeline(module, num_micro_batches=2)
+    found = []
+    for num in rows:
+        found.append(runner.eval_batch(iter(batches("plain", 2, rows=num))).item())
+        runner.inference((inputs for inputs, _ in batches("plain", 3, rows=num + 1)), 3)
+        runner.train_batch(iter(batches("plain", 2)))
+    return found
+
+
+def test_evaluations_may_have_other_shapes() -> None:
+    rows = (4, 1, 7)
+    module = Unsplit(MODELS["plain"]())
+    with torch.no_grad():
+        losses = [[loss_fn(module(inputs), labels) for inputs, labels in batches("plain", 2, rows=n)] for n in rows]
+    assert run_ranks(evaluate_by, 2, rows) == [[((a + b) / 2).item() for a, b in losses]] * 2
 
 
 def no_scalar(schedule: str, kind: str) -> str:

@@ -21,13 +21,14 @@ Part = tuple[Callable[[], Gradients], list[nn.Parameter]]  # makes the gradients
 
 
 class Record:
-    """One micro-batch's forward of one chunk: how often each parameter was used, and what I leaves for W."""
+    """One micro-batch's forward of one chunk: its graph's size, each parameter's uses, and what I leaves for W."""
 
-    __slots__ = ("collecting", "deferred", "kept", "rest", "uses")
+    __slots__ = ("collecting", "deferred", "kept", "num_nodes", "rest", "uses")
 
     def __init__(self) -> None:
         self.collecting = False  # in I
         self.kept: list[Kept] = []
+        self.num_nodes = 0
         self.uses: dict[int, int] = {}
         self.deferred: list[Part] = []
         self.rest: dict[nn.Parameter, Tensor] = {}

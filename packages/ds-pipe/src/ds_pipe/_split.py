@@ -12,10 +12,10 @@ the call goes through an autograd node of ours, which saves it as any node would
 output's gradient) for W. A recompute in I is watched alike, so that it saves what the forward saved.
 
 Invariants. A parameter that several calls of one forward take is not deferred: autograd sums its gradient as ever, in
-its own order. Calls that only the graph shows (a weight given to an autograd.Function) are looked for in a chunk's
-first backward, and such weights not deferred either. Nothing is deferred under autocast, for tensor subclasses, or
-outside the three forms above. Reentrant checkpointing works with whole backwards only: torch refuses it in I. Tensor
-hooks of parameters run when the gradient is delivered, not in I.
+its own order. Calls that only the graph shows (a weight given to an autograd.Function) are looked for in every graph
+with a number of nodes that the chunk has not had before, and such weights not deferred either. Nothing is deferred
+under autocast, for tensor subclasses, or outside the three forms above. Reentrant checkpointing works with whole
+backwards only: torch refuses it in I. Tensor hooks of parameters run when the gradient is delivered, not in I.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class SplitBackward:
         self._parameters = list(parameters)
         known = {id(parameter) for parameter in parameters}
         self._watch = Watch(parameters, known - {id(parameter) for parameter in at_once}) if defers else None
-        self._checked = False
+        self._checked: set[int] = set()
 
     @property
     def parameters(self) -> list[nn.Parameter]:
@@ -58,10 +58,13 @@ class SplitBackward:
             yield
             return
         self._watch.on(record, counts=not recomputing)
+        first = torch._C._autograd._get_sequence_nr()
         try:
             yield
         finally:
             self._watch.off()
+            if not recomputing:
+                record.num_nodes = torch._C._autograd._get_sequence_nr() - first
 
     def input_gradients(
         self, record: Record, outputs: list[Tensor], gradients: list[Tensor | None], inputs: list[Tensor]
@@ -89,8 +92,8 @@ class SplitBackward:
         watch = self._watch
         if watch is None or not record.kept:
             return [], set()
-        if not self._checked:
-            self._checked = True
+        if record.num_nodes not in self._checked:  # as many nodes as before: the same graph
+            self._checked.add(record.num_nodes)
             watch.never(parameter for parameter, num in _uses_in_graph(outputs).items() if num > 1)
         chosen = []
         for call in record.kept:

@@ -6,8 +6,9 @@ per rank (`PipelineModule(num_chunks=, placement=)`), backward whole or split in
 
 Invariants. Each micro-batch's loss is divided by the number of micro-batches (by `PlainSync`) and gradients accumulate
 in ascending micro-batch order, so that losses, gradients and weights are those of the unsplit model that accumulates
-the same micro-batches (to the bit where the layers do not depend on the strides of their inputs). Tied weights are
-summed once (`_ties`). A failure on one stage is a PipelineError on all, and final: make a new group and a new pipeline.
+the same micro-batches (to the bit where the layers do not depend on the strides of their inputs). What a stage hands on
+and no later one uses gets a gradient of zeros, where the unsplit model has none. Tied weights are summed once
+(`_ties`). A failure on one stage is a PipelineError on all, and final: make a new group and a new pipeline.
 """
 
 from __future__ import annotations
@@ -219,7 +220,8 @@ class Pipeline:
     ) -> Any:
         """The mean loss (fp32 scalar) of `num_micro_batches` (default: as in training) on every stage.
 
-        Runs in evaluation mode without gradients; the module's mode is as before afterwards. `reduce_output` None
+        Runs in evaluation mode without gradients; every module's mode is as before afterwards. Shapes may be others
+        than in training and in the evaluation before. `reduce_output` None
         gives the losses of the micro-batches, fp32 [num], instead of their mean; without `bcast_loss` only the stage
         of the last layers has them, others get None. `return_logits` gives a pair (loss, outputs), the last layers'
         outputs per micro-batch in a list on their stage, None elsewhere. Without `compute_loss` there is no loss, and
@@ -278,6 +280,7 @@ class Pipeline:
 
     @contextmanager
     def _evaluating(self) -> Iterator[None]:
+        self._channels.renew(EVALUATION)
         modes = [(module, module.training) for module in self.model.modules()]
         self.model.eval()
         try:

@@ -114,6 +114,7 @@ def load_layers(
 
 def _checked(directory: Path, index: dict[str, Any], at: int, module: nn.Module, strict: bool) -> dict[str, Tensor]:
     """The tensors of one layer's file, after everything about them has been compared."""
+    _refuse_sharded(module)
     state = module.state_dict()
     described = index["layers"].get(str(at), {"tensors": {}})
     missing, more = state.keys() - described["tensors"].keys(), described["tensors"].keys() - state.keys()
@@ -160,6 +161,7 @@ def _index_name(coordinates: str) -> str:
 
 def _state(module: nn.Module, exclude_frozen: bool) -> dict[str, Tensor]:
     """The state to write, each tensor with memory of its own, which the format asks for."""
+    _refuse_sharded(module)
     frozen = {name for name, parameter in module.named_parameters() if not parameter.requires_grad}
     state: dict[str, Tensor] = {}
     places: set[int] = set()
@@ -171,6 +173,16 @@ def _state(module: nn.Module, exclude_frozen: bool) -> dict[str, Tensor]:
         state[name] = tensor.clone() if place in places else tensor
         places.add(place)
     return state
+
+
+def _refuse_sharded(module: nn.Module) -> None:
+    """PipelineError for parameters that ZeRO stage 3 has taken apart: files would look whole and be empty."""
+    for name, parameter in module.named_parameters():
+        if getattr(parameter, "ds_numel", parameter.numel()) != parameter.numel():
+            raise PipelineError(
+                f"{name} is sharded (ZeRO stage 3) and not whole on this rank; use the engine's save_checkpoint and "
+                "load_checkpoint, or save inside deepspeed.zero.GatheredParameters(module.parameters())"
+            )
 
 
 def _write_tensors(path: Path, state: dict[str, Tensor], metadata: dict[str, str]) -> None:

@@ -231,17 +231,25 @@ class PipelineModule(nn.Module):
         """
         replicated = self.topology().world_size() > self.num_stages
         place = self.topology().get_coord(ds_comm.get_rank())._asdict() if replicated else {}
-        save_layers(
-            Path(save_dir),
-            {index: module for index, module in self._stateful().items() if self.stage_id == self.stage_owner(index)},
-            self.num_layers,
-            coordinates=self._coordinates(),
-            writes=place.get("data", 0) == 0,
-            exclude_frozen=exclude_frozen_params,
-            group=self.group,
-        )
-        if replicated:
-            ds_comm.barrier(label="layer files")
+        failure = ""
+        try:
+            save_layers(
+                Path(save_dir),
+                {at: module for at, module in self._stateful().items() if self.stage_id == self.stage_owner(at)},
+                self.num_layers,
+                coordinates=self._coordinates(),
+                writes=place.get("data", 0) == 0,
+                exclude_frozen=exclude_frozen_params,
+                group=self.group,
+            )
+        except PipelineError as error:
+            failure = str(error)
+        if replicated:  # of the other replicas none writes, and all wait
+            said: list[str] = [""] * ds_comm.get_world_size()
+            ds_comm.all_gather_object(said, failure)
+            failure = next(filter(None, said), "")
+        if failure:
+            raise PipelineError(failure)
 
     def load_state_dir(
         self, load_dir: str | os.PathLike[str], checkpoint_engine: Any = None, strict: bool = True

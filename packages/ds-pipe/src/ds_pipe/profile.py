@@ -115,17 +115,20 @@ def _unchanged(module: nn.Module) -> Iterator[None]:
 
 def _measure(function: Callable[[Any], Any], inputs: Any, module: nn.Module, repeats: int) -> tuple[_Times, Any]:
     """The layer's times, and what it returned, as the next layer gets it."""
+    in_place = any(getattr(part, "inplace", False) is True for part in module.modules())
     given = _mapped(inputs, _leaf)
     saved = _Saved(module, given)
+    passed = _mapped(given, torch.clone) if in_place else given
     with torch.autograd.graph.saved_tensors_hooks(saved.note, lambda tensor: tensor):
-        outputs = function(given)
+        outputs = function(passed)
     activation = saved.nbytes(outputs)
     _backward(outputs, given)  # makes gradients for the next ones to be added to
     seconds: list[tuple[float, float, float]] = []
     for _ in range(repeats):
         given = _mapped(inputs, _leaf)
+        passed = _mapped(given, torch.clone) if in_place else given
         start = _now()
-        outputs = function(given)
+        outputs = function(passed)
         forward = _now() - start
         seconds.append((forward, *_backward(outputs, given)))
     forward, input_gradient, backward = map(min, zip(*seconds, strict=True))
