@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from collections import namedtuple
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
 from pipe_models import MODELS, WIDTH, Unsplit, batches, loss_fn, state, train_unsplit
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
-from ds_comm.testing import run_ranks
+from ds_comm.testing import RankFailure, run_ranks
 from ds_pipe import LayerSpec, PipelineError, PipelineModule, pipeline
 
 V = {"num_chunks": 2, "placement": "v"}
@@ -210,3 +212,21 @@ def learning_later(schedule: str) -> list[list[bool]]:
 def test_what_learns_may_change_between_batches(schedule: str) -> None:
     for found in run_ranks(learning_later, 2, schedule):
         assert all(all(batch) for batch in found)
+
+
+def reentrant(checkpointable: list[str] | None) -> list[bool]:
+    function = partial(checkpoint, use_reentrant=True)
+    options: Any = {"activation_checkpoint_func": function, "checkpointable_layers": checkpointable}
+    layers = [nn.Linear(WIDTH, WIDTH), nn.LayerNorm(WIDTH), nn.Linear(WIDTH, WIDTH), nn.LayerNorm(WIDTH)]
+    module = PipelineModule(
+        layers, loss_fn=loss_fn, partition_method="uniform", activation_checkpoint_interval=1, **options
+    )
+    pipeline(module, num_micro_batches=2).train_batch(iter(batches("plain", 2)))
+    return [parameter.grad is not None for parameter in module.parameters()]
+
+
+@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")
+def test_reentrant_checkpoints_that_would_learn_nothing_are_refused() -> None:
+    with pytest.raises(RankFailure, match="without a gradient for layers 0 to 0"):
+        run_ranks(reentrant, 2, None)
+    assert run_ranks(reentrant, 2, ["LayerNorm"]) == [[True] * 4] * 2

@@ -29,6 +29,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import ds_comm
+from ds_pipe._p2p import flatten
 from ds_pipe.errors import PartitionError, PipelineError
 from ds_pipe.grid import PipelineParallelGrid
 from ds_pipe.layer_files import layer_file, load_layers, save_layers
@@ -177,6 +178,7 @@ class PipelineModule(nn.Module):
             if torch.is_grad_enabled() and self._is_checkpointable(piece.functions[start:stop]):
                 part = partial(piece.run, start=start, stop=stop, seeds=seeds)
                 inputs = self.activation_checkpoint_func(part, inputs)
+                self._check_learns(inputs, piece, start, stop)
             else:
                 inputs = piece.run(inputs, start, stop, seeds)
         return inputs
@@ -325,6 +327,19 @@ class PipelineModule(nn.Module):
                 ds_comm.recv(data, group=self.group, group_src=stages[0], label=f"tied {name}")
                 with torch.no_grad():
                     parameter.copy_(data)
+
+    def _check_learns(self, outputs: Any, piece: Chunk, start: int, stop: int) -> None:
+        """Reentrant checkpoint functions give no gradients to layers whose inputs take none, and torch only warns."""
+        tensors: list[torch.Tensor] = []
+        flatten(outputs, tensors)
+        modules = [function for function in piece.functions[start:stop] if isinstance(function, nn.Module)]
+        learns = any(parameter.requires_grad for module in modules for parameter in module.parameters())
+        if learns and not any(tensor.requires_grad for tensor in tensors):
+            raise PipelineError(
+                f"activation_checkpoint_func gave outputs without a gradient for layers {piece.start + start} to "
+                f"{piece.start + stop - 1}, which would not learn; expected a function that is not reentrant (the "
+                "default is none), or checkpointable_layers without the classes that take the model's inputs"
+            )
 
     def _is_checkpointable(self, functions: Sequence[Callable[[Any], Any]]) -> bool:
         if self.checkpointable_layers is not None:
