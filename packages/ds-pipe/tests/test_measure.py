@@ -36,13 +36,15 @@ def layers() -> list[Any]:
     return [*block * 6, LayerSpec(nn.Linear, SIZE, SIZE)]
 
 
-def measured(schedule: str, num_micro_batches: int, checkpointing: int) -> tuple[Measured, Memory, tuple[int, ...]]:
+def measured(
+    schedule: str, num_micro_batches: int, checkpointing: int, rows: int = 16
+) -> tuple[Measured, Memory, tuple[int, ...]]:
     options: dict[str, Any] = {"zb_v": {"num_chunks": 2, "placement": "v"}, "interleaved": {"num_chunks": 2}}
     module = PipelineModule(
         layers(), loss_fn=loss_fn, activation_checkpoint_interval=checkpointing, **options.get(schedule, {})
     )
     pipe = pipeline(module, schedule=schedule, num_micro_batches=num_micro_batches)
-    batch = (torch.ones(16, 8, SIZE), torch.zeros(16, 8, SIZE))
+    batch = (torch.ones(rows, 8, SIZE), torch.zeros(rows, 8, SIZE))
     optimizer = torch.optim.SGD(module.parameters(), lr=0.1)
     pipe.train_batch(itertools.repeat(batch), optimizer)
     run = measure_run(pipe, itertools.repeat(batch), optimizer)
@@ -75,3 +77,9 @@ def test_run_and_memory(schedule: str) -> None:
 def test_checkpointing_holds_less() -> None:
     (_, kept, _), (_, recomputed, _) = run_ranks(measured, 2, "1f1b", 3, 0)[0], run_ranks(measured, 2, "1f1b", 3, 3)[0]
     assert all(less < 0.7 * more for less, more in zip(recomputed.peak, kept.peak, strict=True))
+
+
+def test_gradients_of_weights_are_no_activations() -> None:
+    _, memory, _ = run_ranks(measured, 2, "zb_h1", 3, 0, 1)[0]
+    weights_of_a_stage = 6 * SIZE * SIZE * 4
+    assert memory.peak[0] <= 1.05 * memory.predicted[0] < weights_of_a_stage  # it runs each I with its W

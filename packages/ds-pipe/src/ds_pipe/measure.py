@@ -2,8 +2,8 @@
 
 `measure_run` gives a `Measured` run, to be drawn over its plan (`to_svg(plan, run)`) or turned into costs
 (`Costs.from_measured`). `measure_memory` counts what micro-batches keep alive between their actions: storages made (or
-received) in an action of a chunk and still alive at its end, gradients kept for W included, parameters and what B or W
-leave behind (their gradients) not. What an operation needs for itself while it runs is not in it.
+received) in an action of a chunk and still alive at its end, gradients kept for W included, weights and their `.grad`
+not. What an operation needs for itself while it runs is not in it.
 
 The plan's prediction is `simulate(schedule, costs).peak_activation` with, as `costs.activation`, the most that one
 micro-batch was seen to hold of each virtual stage.
@@ -19,7 +19,7 @@ from time import perf_counter
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -74,7 +74,7 @@ def measure_memory(
     pipe: Pipeline, data_iter: Iterator[Any] | None = None, optimizer: torch.optim.Optimizer | None = None
 ) -> Memory:
     """Run `pipe.train_batch(data_iter, optimizer)`, slowly, and say what its activations held, on every stage."""
-    meter = _Meter(pipe.schedule.num_chunks)
+    meter = _Meter(pipe.schedule.num_chunks, pipe.model)
     with pipe.watched(meter.around):
         pipe.train_batch(data_iter, optimizer)
     reports = _from_all(pipe, (meter.peak, meter.largest))
@@ -98,8 +98,9 @@ def _from_all(pipe: Pipeline, mine: Any) -> list[Any]:
 class _Meter(TorchDispatchMode):
     """Bytes of storages by the (chunk, micro-batch) that holds them; entered for each action."""
 
-    def __init__(self, num_chunks: int) -> None:
+    def __init__(self, num_chunks: int, model: nn.Module) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
+        self._model = model
         self.peak = 0
         self.largest = [0] * num_chunks
         self._held: dict[tuple[int, int], dict[int, int]] = {}  # bytes by storage
@@ -116,6 +117,10 @@ class _Meter(TorchDispatchMode):
         if action.kind in "BW":
             del self._held[owner]
             return
+        if action.kind == "I":  # one that runs with its W delivers at once
+            for parameter in self._model.parameters():
+                if parameter.grad is not None:
+                    self._held[owner].pop(parameter.grad.untyped_storage()._cdata, None)
         self.largest[action.chunk] = max(self.largest[action.chunk], sum(self._held[owner].values()))
         self.peak = max(self.peak, sum(sum(held.values()) for held in self._held.values()))
 
