@@ -215,7 +215,8 @@ def test_a_rank_killed_mid_save_loses_that_save_only(moment: str, tmp_path: Path
 # -- signals ----------------------------------------------------------------------------------------------------------
 
 SCRIPT = """
-    import sys, time
+    import signal, sys, time
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job inherits it ignored
     sys.path.insert(0, {tests!r})
     from engines import *
     from ds_zero.checkpoint import durable

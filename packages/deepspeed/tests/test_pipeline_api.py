@@ -193,6 +193,7 @@ def ask_the_grid() -> dict[str, Any]:
     for name, group in (("pp_group", grid.get_pipe_parallel_group()), ("dp_group", grid.get_data_parallel_group())):
         assert ds_comm.get_all_ranks_from_group(group) == getattr(grid, name)
     engine.destroy()
+    assert groups.mpu is None
     return found
 
 

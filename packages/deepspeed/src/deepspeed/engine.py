@@ -30,6 +30,7 @@ from deepspeed.events import Callback, CallbackList
 from deepspeed.monitor.monitor import MonitorMaster
 from deepspeed.progress import BACKWARD, FORWARD, STEP, progress_listeners
 from deepspeed.timers import NoopTimer, SynchronizedWallClockTimer, ThroughputTimer
+from deepspeed.utils import groups
 from deepspeed.utils.logging import log_dist
 
 __all__ = ["DeepSpeedEngine"]
@@ -474,6 +475,8 @@ class DeepSpeedEngine(ConfigGetters, nn.Module):
         if self.zero_optimization_stage() < 3:
             self.sharded.close()
         self.sharded.detach()
+        if groups.mpu is self.mpu:
+            groups.mpu = None
 
 
 def half(value: Any) -> Any:

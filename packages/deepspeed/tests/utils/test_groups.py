@@ -12,6 +12,7 @@ from ds_comm.testing import run_ranks
 
 
 def without_mpu() -> dict[str, object]:
+    groups.mpu = None  # an engine that failed in this process may have left its own
     alone = groups._get_sequence_parallel_group()
     same = alone is groups._get_model_parallel_group()
     total = torch.ones(1)
