@@ -10,6 +10,7 @@ Invariant: everything is as before after the block, also after an exception; blo
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable
 from contextlib import ExitStack
 from types import TracebackType
@@ -93,6 +94,8 @@ class OnDevice:
 
 def _replace_tensor_new(device: torch.device, dtype: torch.dtype | None) -> Callable[[], None]:
     """Make `torch.Tensor(2, 3)` honour the block: no torch mode sees it. Returns what undoes it."""
+    # Random values on meta import it, and it looks at Tensor.__new__ when it is imported: that must be torch's own.
+    importlib.import_module("torch._dynamo")
     before = torch.Tensor.__dict__.get("__new__")
     original = torch.Tensor.__new__
 
