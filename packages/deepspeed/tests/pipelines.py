@@ -185,16 +185,27 @@ def train_unsplit(layers: str, config: dict[str, Any], steps: int) -> Trained:
     parameters = [p for p in module.parameters() if p.requires_grad]
     engine = deepspeed.initialize(model=module, model_parameters=parameters, config=config)[0]
     source = data(ds_comm.get_rank(), range(steps), engine.gradient_accumulation_steps())
+
+    def loss_of(step: int, index: int) -> torch.Tensor:
+        inputs, labels = next(source)
+        return loss_fn(engine(inputs), labels)
+
+    return finish_unsplit(engine, range(steps), loss_of)
+
+
+def finish_unsplit(engine: Any, steps: range, loss_of: Callable[[int, int], torch.Tensor]) -> Trained:
+    """Train a plain engine by `loss_of(step, micro-batch)`, and destroy it; losses are means over ranks, as a
+    pipeline's."""
+    num = engine.gradient_accumulation_steps()
     losses, norms = [], []
-    for _ in range(steps):
+    for step in steps:
         total = torch.zeros(())
-        for _ in range(engine.gradient_accumulation_steps()):
-            inputs, labels = next(source)
-            loss = loss_fn(engine(inputs), labels)
+        for index in range(num):
+            loss = loss_of(step, index)
             engine.backward(loss)
             engine.step()
             total += loss.detach()
-        mean = total / engine.gradient_accumulation_steps()
+        mean = total / num
         ds_comm.all_reduce(mean)
         losses.append((mean / ds_comm.get_world_size()).item())
         norms.append(engine.get_global_grad_norm())

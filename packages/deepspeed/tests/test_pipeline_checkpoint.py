@@ -15,6 +15,7 @@ from pipelines import (
     Unsplit,
     check_equal,
     data,
+    finish_unsplit,
     loss_fn,
     make_config,
     make_pipeline,
@@ -117,22 +118,12 @@ def resume_unsplit(config: dict[str, Any], folder: Path, steps: range) -> Traine
     module = Unsplit(LAYERS["tied"](), base_seed=99)
     engine = deepspeed.initialize(model=module, model_parameters=module.parameters(), config=config)[0]
     engine.load_checkpoint(folder)
-    losses, norms = [], []
-    for step in steps:
-        total = torch.zeros(())
-        for index in range(NUM):
-            inputs, labels = micro_batch(ds_comm.get_rank(), step, index)
-            loss = loss_fn(engine(inputs), labels)
-            engine.backward(loss)
-            engine.step()
-            total += loss.detach()
-        mean = total / NUM
-        ds_comm.all_reduce(mean)
-        losses.append((mean / 2).item())
-        norms.append(engine.get_global_grad_norm())
-    found = losses, norms, weights_of(engine)
-    engine.destroy()
-    return found
+
+    def loss_of(step: int, index: int) -> torch.Tensor:
+        inputs, labels = micro_batch(ds_comm.get_rank(), step, index)
+        return loss_fn(engine(inputs), labels)
+
+    return finish_unsplit(engine, steps, loss_of)
 
 
 def test_the_unsplit_model_goes_on_from_a_pipelines_checkpoint(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ pytest.importorskip("transformers")
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from pipelines import Trained, check_equal, make_config, weights_of
+from pipelines import Trained, check_equal, finish_unsplit, make_config, weights_of
 
 import deepspeed
 import ds_comm
@@ -68,22 +68,12 @@ def pipelined(name: str, config: dict[str, Any], options: dict[str, Any]) -> Tra
 def whole(name: str, config: dict[str, Any]) -> Trained:
     model = make_model(name)
     engine = deepspeed.initialize(model=model, model_parameters=model.parameters(), config=config)[0]
-    losses, norms = [], []
-    for step in range(STEPS):
-        total = torch.zeros(())
-        for i in range(NUM):
-            tokens = batch(ds_comm.get_rank(), step, i)
-            loss = causal_lm_loss(engine(tokens, use_cache=False).logits, tokens)
-            engine.backward(loss)
-            engine.step()
-            total += loss.detach()
-        mean = total / NUM
-        ds_comm.all_reduce(mean)
-        losses.append((mean / 2).item())
-        norms.append(engine.get_global_grad_norm())
-    found = losses, norms, weights_of(engine)
-    engine.destroy()
-    return found
+
+    def loss_of(step: int, index: int) -> torch.Tensor:
+        tokens = batch(ds_comm.get_rank(), step, index)
+        return causal_lm_loss(engine(tokens, use_cache=False).logits, tokens)
+
+    return finish_unsplit(engine, range(STEPS), loss_of)
 
 
 @pytest.mark.parametrize(("stage", "schedule"), [(0, "1f1b"), (3, "1f1b"), (3, "zb_h1"), (2, "zb_v")])

@@ -24,6 +24,7 @@ import json
 import sys
 from collections import deque
 from dataclasses import dataclass
+from functools import cached_property
 from math import prod
 from typing import Any
 
@@ -182,17 +183,10 @@ class _End:
 class Sender(_End):
     """The end that sends."""
 
-    def __init__(
-        self,
-        group: dist.ProcessGroup | None,
-        peer: int,
-        tag: int,
-        label: str,
-        device: torch.device,
-        dynamic: bool = False,
-    ) -> None:
-        super().__init__(group, peer, tag, label, device, dynamic)
-        self._kept: dict[int, tuple[Tensor, _Header, Any, list[Tensor]]] = {}
+    @cached_property
+    def _kept(self) -> dict[int, tuple[Tensor, _Header, Any, list[Tensor]]]:
+        """By packet data: what `_views` made for it."""
+        return {}
 
     def send(self, payload: Any, outbox: Outbox) -> None:
         """Start sending. PipelineError if shapes or structure changed and not `dynamic`; the caller then `fail`s."""
