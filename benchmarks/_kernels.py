@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import gc
 import os
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -18,6 +19,9 @@ from typing import Any
 import _common
 import _memory
 import torch
+from _ranks import SOURCES
+
+sys.path[:0] = SOURCES  # before the benchmarks' own imports of ds_kernels, which come after this module's
 
 Call = Callable[[], object]
 
