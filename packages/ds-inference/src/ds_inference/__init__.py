@@ -21,7 +21,7 @@ if TYPE_CHECKING:
         CheckpointError,
         ConfigError,
         LogitsError,
-        PlanError,
+        ModelError,
         RequestError,
     )
     from ds_inference.loader import Checkpoint, open_checkpoint
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 _NAMES = {
     "config": ("DeepSpeedInferenceConfig", "default_inference_config", "resolve_config"),
-    "errors": ("CapacityError", "CheckpointError", "ConfigError", "LogitsError", "PlanError", "RequestError"),
+    "errors": ("CapacityError", "CheckpointError", "ConfigError", "LogitsError", "ModelError", "RequestError"),
     "loader": ("Checkpoint", "open_checkpoint"),
     "serve.blocks": ("BlockManager",),
     "serve.request": ("Request", "RequestState", "SamplingParams"),
@@ -54,7 +54,7 @@ __all__ = [
     "CheckpointError",
     "ConfigError",
     "LogitsError",
-    "PlanError",
+    "ModelError",
     "RequestError",
     # checkpoints
     "Checkpoint",

@@ -2,7 +2,7 @@
 
 ValueError
  +- ConfigError        a configuration that contradicts itself or cannot be read
- +- PlanError          weights that cannot be split over these ranks
+ +- ModelError         a model that cannot be split, injected or quantised as asked
  +- RequestError       a request or its sampling values that cannot be served
 RuntimeError
  +- CapacityError      no room: the queue or the cache is full
@@ -13,15 +13,15 @@ OSError
 
 from __future__ import annotations
 
-__all__ = ["CapacityError", "CheckpointError", "ConfigError", "LogitsError", "PlanError", "RequestError"]
+__all__ = ["CapacityError", "CheckpointError", "ConfigError", "LogitsError", "ModelError", "RequestError"]
 
 
 class ConfigError(ValueError):
     """A configuration that contradicts itself or cannot be read; the text names the key, or the file."""
 
 
-class PlanError(ValueError):
-    """Weights cannot be split over the ranks asked for; the text names the module, the sizes and what to change."""
+class ModelError(ValueError):
+    """A model cannot be split, injected or quantised as asked; the text names the module, the misfit and what to do."""
 
 
 class RequestError(ValueError):

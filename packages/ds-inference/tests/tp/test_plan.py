@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ds_inference.errors import PlanError
+from ds_inference.errors import ModelError
 from ds_inference.tp.plan import ModelFacts, ModuleInfo, Rule, TensorParallelPlan, plan_tensor_parallel
 
 VOCABULARY, WIDTH, HIDDEN, DIM = 512, 48, 96, 4
@@ -216,12 +216,12 @@ def _size(module: ModuleInfo) -> int:
 
 def test_rules_go_first() -> None:
     modules = [*llama(), linear("model.layers.0.adapter", 8, WIDTH)]
-    with pytest.raises(PlanError, match=r"adapter is column-parallel .* over 8 features, but no row-parallel"):
+    with pytest.raises(ModelError, match=r"adapter is column-parallel .* over 8 features, but no row-parallel"):
         plan_tensor_parallel(modules, facts(), 2)
     found = styles(plan_tensor_parallel(modules, facts(), 2, rules=[Rule("adapter$", "replicated")]))
     assert found["model.layers.0.adapter"] == "replicated"
     unknown = llama(fused=True)
-    with pytest.raises(PlanError, match=r"qkv_proj is a fused .* not known for model type 'llama'; give Rule"):
+    with pytest.raises(ModelError, match=r"qkv_proj is a fused .* not known for model type 'llama'; give Rule"):
         plan_tensor_parallel(unknown, facts(), 2)
     found = styles(plan_tensor_parallel(unknown, facts(), 2, rules=[Rule("qkv_proj", "column", "groups")]))
     assert found["model.layers.0.self_attn.qkv_proj"] == "column groups"
@@ -229,24 +229,24 @@ def test_rules_go_first() -> None:
 
 def test_what_cannot_be_split_is_said() -> None:
     at = "model.layers.0."
-    with pytest.raises(PlanError, match="would share a group; use at most 12 ranks"):
+    with pytest.raises(ModelError, match="would share a group; use at most 12 ranks"):
         plan_tensor_parallel(llama(), facts(), 13)
     odd = [linear(at + "self_attn.q_proj", 50, WIDTH)]
-    with pytest.raises(PlanError, match=r"self_attn\.q_proj has 50 features; expected a multiple of its 12 heads"):
+    with pytest.raises(ModelError, match=r"self_attn\.q_proj has 50 features; expected a multiple of its 12 heads"):
         plan_tensor_parallel(odd, facts(), 2)
     alone = [linear(at + "mlp.down_proj", WIDTH, HIDDEN)]
-    with pytest.raises(PlanError, match=r"down_proj is row-parallel .* over 96 features, but no column-parallel"):
+    with pytest.raises(ModelError, match=r"down_proj is row-parallel .* over 96 features, but no column-parallel"):
         plan_tensor_parallel(alone, facts(), 2)
     small = [linear(at + "mlp.up_proj", 3, WIDTH), linear(at + "mlp.down_proj", WIDTH, 3)]
-    with pytest.raises(PlanError, match=r"mlp\.up_proj: 3 features cannot be split over 4 ranks; use at most 3"):
+    with pytest.raises(ModelError, match=r"mlp\.up_proj: 3 features cannot be split over 4 ranks; use at most 3"):
         plan_tensor_parallel(small, facts(), 4)
     norm = [*llama(), ModuleInfo(at + "self_attn.q_norm", "norm", (WIDTH,))]
-    with pytest.raises(PlanError, match="q_norm normalises all 12 heads together"):
+    with pytest.raises(ModelError, match="q_norm normalises all 12 heads together"):
         plan_tensor_parallel(norm, facts(), 2)
     plan_tensor_parallel([*llama(), ModuleInfo(at + "self_attn.q_norm", "norm", (DIM,))], facts(), 2)
-    with pytest.raises(PlanError, match=r"model\.norm is of kind norm; only linear"):
+    with pytest.raises(ModelError, match=r"model\.norm is of kind norm; only linear"):
         plan_tensor_parallel(llama(), facts(), 2, rules=[Rule(r"model\.norm", "column")])
-    with pytest.raises(PlanError, match="0 ranks, grain 64"):
+    with pytest.raises(ModelError, match="0 ranks, grain 64"):
         plan_tensor_parallel(llama(), facts(), 0)
 
 
@@ -270,7 +270,7 @@ def test_facts_of_configurations() -> None:
     assert ModelFacts.from_config(falcon).num_kv_heads == 1
     mpt = SimpleNamespace(n_heads=8, attn_config=SimpleNamespace(kv_n_heads=4), model_type="mpt")
     assert ModelFacts.from_config(mpt).num_kv_heads == 4
-    with pytest.raises(PlanError, match="SimpleNamespace has no number of attention heads"):
+    with pytest.raises(ModelError, match="SimpleNamespace has no number of attention heads"):
         ModelFacts.from_config(SimpleNamespace())
 
 

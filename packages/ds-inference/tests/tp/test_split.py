@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ds_inference.errors import PlanError
+from ds_inference.errors import ModelError
 from ds_inference.tp.split import HeadSplit, split_features, split_heads
 
 ranks = st.integers(1, 8)
@@ -17,7 +17,7 @@ ranks = st.integers(1, 8)
 @given(st.integers(1, 300), ranks, st.integers(1, 64))
 def test_features_are_covered_once_by_ranges_of_whole_grains(size: int, num_ranks: int, grain: int) -> None:
     if size < num_ranks:
-        with pytest.raises(PlanError, match=f"{size} features cannot be split over {num_ranks} ranks"):
+        with pytest.raises(ModelError, match=f"{size} features cannot be split over {num_ranks} ranks"):
             split_features(size, num_ranks, grain)
         return
     ranges = split_features(size, num_ranks, grain)
@@ -85,5 +85,5 @@ def test_uneven_heads_of_a_real_model() -> None:
     ],
 )
 def test_what_cannot_be_split(heads: int, kv: int, num_ranks: int, text: str) -> None:
-    with pytest.raises(PlanError, match=text):
+    with pytest.raises(ModelError, match=text):
         split_heads(heads, kv, num_ranks)

@@ -8,7 +8,7 @@ shapes, and is data that can be printed before anything runs: no torch here.
 
 Invariants: every element of a weight is on exactly one rank, but for replicated modules and for key/value heads when
 there are fewer of them than ranks; heads are whole; the features a row-parallel layer reads on a rank are those that
-the column-parallel layers before it make there. What would break one of them is a PlanError that names the module.
+the column-parallel layers before it make there. What would break one of them is a ModelError that names the module.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, Literal
 
-from ds_inference.errors import PlanError
+from ds_inference.errors import ModelError
 from ds_inference.tp import names
 from ds_inference.tp.split import HeadSplit, Piece, split_features, split_heads
 
@@ -71,14 +71,14 @@ class ModelFacts:
 
     @classmethod
     def from_config(cls, config: Any) -> ModelFacts:
-        """From an object with the attributes of a transformers configuration; PlanError when it has no heads."""
+        """From an object with the attributes of a transformers configuration; ModelError when it has no heads."""
 
         def first(*keys: str) -> Any:
             return next((value for key in keys if (value := getattr(config, key, None)) is not None), None)
 
         heads = first("num_attention_heads", "n_head", "num_heads", "n_heads")
         if not isinstance(heads, int):
-            raise PlanError(f"{type(config).__name__} has no number of attention heads; give ModelFacts(num_heads=...)")
+            raise ModelError(f"{type(config).__name__} has no number of attention heads; give ModelFacts(num_heads=...)")
         nested = getattr(config, "attn_config", None)
         kv = first("num_key_value_heads", "num_kv_heads", "multi_query_group_num") or getattr(
             nested, "kv_n_heads", None
@@ -193,10 +193,10 @@ def plan_tensor_parallel(
     """Plan a model. `modules` in order of registration (upstream's rule looks at what follows what).
 
     `grain`: features of MLPs and the vocabulary are split at multiples of it where there are enough (fast kernels and
-    groups of quantised weights want that); `rules` go before names. PlanError says what cannot be split and why.
+    groups of quantised weights want that); `rules` go before names. ModelError says what cannot be split and why.
     """
     if num_ranks < 1 or grain < 1:
-        raise PlanError(f"{num_ranks} ranks, grain {grain}; expected at least 1")
+        raise ModelError(f"{num_ranks} ranks, grain {grain}; expected at least 1")
     planner = _Planner(facts, split_heads(facts.num_heads, facts.num_kv_heads, num_ranks), num_ranks, grain)
     roles = _Roles(modules, facts, rules, shard_vocabulary and (facts.vocab_size or 0) >= num_ranks)
     entries = tuple(planner.entry(module, *roles.of(module)) for module in modules)
@@ -264,7 +264,7 @@ class _Roles:
         if names.is_qkv(name):
             layout = names.fused_layout(self.facts.model_type)
             if layout is None:
-                raise PlanError(
+                raise ModelError(
                     f"{name} is a fused query/key/value projection, but its layout is not known for model type "
                     f"{self.facts.model_type!r}; give Rule({names.last(name)!r}, 'column', 'qkv'), or 'groups' where "
                     "queries, key and value of a key/value head stand together"
@@ -293,7 +293,7 @@ class _Planner:
         if style == "replicated":
             return Entry(module, style, unit, why)
         if module.kind != "embedding" and not _is_linear(module):
-            raise PlanError(f"{module.name} is of kind {module.kind}; only linear layers and embeddings can be split")
+            raise ModelError(f"{module.name} is of kind {module.kind}; only linear layers and embeddings can be split")
         size = module.shape[0] if module.kind == "embedding" else module.num_in if style == "row" else module.num_out
         return Entry(module, style, unit, why, self._pieces(module, unit, size))
 
@@ -302,7 +302,7 @@ class _Planner:
         if unit in ("heads", "kv_heads", "qkv", "groups"):
             count = {"heads": query, "kv_heads": kv, "qkv": query + 2 * kv, "groups": query + 2 * kv}[unit]
             if size % count:
-                raise PlanError(
+                raise ModelError(
                     f"{module.name} has {size} features; expected a multiple of its {count} heads ({query} query and "
                     f"{kv} key/value heads in all): heads must stay whole"
                 )
@@ -310,7 +310,7 @@ class _Planner:
             return tuple(split.get(unit, self.heads.of_groups)(rank, size // count) for rank in ranks)
         if unit == "pair":
             if size % 2:
-                raise PlanError(f"{module.name} makes {size} features; expected an even number, gate and up together")
+                raise ModelError(f"{module.name} makes {size} features; expected an even number, gate and up together")
             halves = self._features(module, size // 2)
             return tuple(((low, high), (low + size // 2, high + size // 2)) for low, high in halves)
         return tuple((piece,) for piece in self._features(module, size))
@@ -318,8 +318,8 @@ class _Planner:
     def _features(self, module: ModuleInfo, size: int) -> tuple[tuple[int, int], ...]:
         try:
             return split_features(size, self.num_ranks, self.grain)
-        except PlanError as error:
-            raise PlanError(f"{module.name}: {error}") from None
+        except ModelError as error:
+            raise ModelError(f"{module.name}: {error}") from None
 
 
 def _check(entries: Sequence[Entry]) -> None:
@@ -348,7 +348,7 @@ def _check_norms(entries: Sequence[Entry], facts: ModelFacts) -> None:
             width = widths.get(f"{module.name.rpartition('.')[0]}.{what}_proj")
             num_heads = facts.num_heads if what == "q" else facts.num_kv_heads
             if width is not None and num_heads > 1 and module.shape[0] == width:
-                raise PlanError(
+                raise ModelError(
                     f"{module.name} normalises all {num_heads} heads together ({width} features), which no rank has; "
                     "run this model on one tensor-parallel rank"
                 )
@@ -357,7 +357,7 @@ def _check_norms(entries: Sequence[Entry], facts: ModelFacts) -> None:
 def _refuse(entry: Entry, why: str) -> None:
     unit, size = _hidden(entry)
     what = "heads" if unit == "heads" else f"{size} features"
-    raise PlanError(
+    raise ModelError(
         f"{entry.module.name} is {entry.style}-parallel ({entry.why}) over {what}, but {why}; give a Rule for it "
         "('replicated' is always right) or for its partner"
     )

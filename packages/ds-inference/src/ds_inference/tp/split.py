@@ -13,7 +13,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import pairwise
 
-from ds_inference.errors import PlanError
+from ds_inference.errors import ModelError
 
 __all__ = ["HeadSplit", "Piece", "Range", "split_features", "split_heads"]
 
@@ -24,10 +24,10 @@ Piece = tuple[Range, ...]
 def split_features(size: int, num_ranks: int, grain: int = 1) -> tuple[Range, ...]:
     """One range per rank, whole multiples of `grain` where there are enough of them, else of 1; what is over goes last.
 
-    The first ranks have one grain more when it does not come out even. PlanError for fewer features than ranks.
+    The first ranks have one grain more when it does not come out even. ModelError for fewer features than ranks.
     """
     if size < num_ranks:
-        raise PlanError(f"{size} features cannot be split over {num_ranks} ranks; use at most {size} ranks")
+        raise ModelError(f"{size} features cannot be split over {num_ranks} ranks; use at most {size} ranks")
     unit = grain if size // grain >= num_ranks else 1
     share, more = divmod(size // unit, num_ranks)
     bounds = [(rank * share + min(rank, more)) * unit for rank in range(num_ranks)] + [size]
@@ -76,10 +76,10 @@ class HeadSplit:
 def split_heads(num_heads: int, num_kv_heads: int, num_ranks: int) -> HeadSplit:
     """Heads over ranks as the module says, as evenly as that allows.
 
-    PlanError when a rank would have no head, or the key/value heads do not divide the query heads.
+    ModelError when a rank would have no head, or the key/value heads do not divide the query heads.
     """
     if num_kv_heads < 1 or num_heads % num_kv_heads:
-        raise PlanError(
+        raise ModelError(
             f"{num_heads} query heads over {num_kv_heads} key/value heads; expected a multiple: groups of equal size"
         )
     group = num_heads // num_kv_heads
@@ -89,7 +89,7 @@ def split_heads(num_heads: int, num_kv_heads: int, num_ranks: int) -> HeadSplit:
     owners = split_features(num_ranks, num_kv_heads)  # ranges of ranks, one per key/value head
     most = max(high - low for low, high in owners)
     if most > group:
-        raise PlanError(
+        raise ModelError(
             f"{num_heads} query heads ({num_kv_heads} groups of {group}) cannot be split over {num_ranks} ranks: "
             f"{most} ranks would share a group; use at most {num_heads} ranks"
         )

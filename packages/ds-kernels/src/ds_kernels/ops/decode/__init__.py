@@ -1,0 +1,1 @@
+"""decode: one new token of each sequence through a whole decoder."""
