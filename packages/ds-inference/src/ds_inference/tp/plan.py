@@ -78,7 +78,9 @@ class ModelFacts:
 
         heads = first("num_attention_heads", "n_head", "num_heads", "n_heads")
         if not isinstance(heads, int):
-            raise ModelError(f"{type(config).__name__} has no number of attention heads; give ModelFacts(num_heads=...)")
+            raise ModelError(
+                f"{type(config).__name__} has no number of attention heads; give ModelFacts(num_heads=...)"
+            )
         nested = getattr(config, "attn_config", None)
         kv = first("num_key_value_heads", "num_kv_heads", "multi_query_group_num") or getattr(
             nested, "kv_n_heads", None
