@@ -16,6 +16,7 @@ from ds_inference.__about__ import __version__
 
 if TYPE_CHECKING:
     from ds_inference.config import DeepSpeedInferenceConfig, default_inference_config, resolve_config
+    from ds_inference.decoder import Batch, Decoder, KVCache, read_decoder
     from ds_inference.errors import (
         CapacityError,
         CheckpointError,
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
 
 _NAMES = {
     "config": ("DeepSpeedInferenceConfig", "default_inference_config", "resolve_config"),
+    "decoder": ("Batch", "Decoder", "KVCache", "read_decoder"),
     "errors": ("CapacityError", "CheckpointError", "ConfigError", "LogitsError", "ModelError", "RequestError"),
     "loader": ("Checkpoint", "open_checkpoint"),
     "serve.blocks": ("BlockManager",),
@@ -56,6 +58,11 @@ __all__ = [
     "LogitsError",
     "ModelError",
     "RequestError",
+    # decoders: a causal language model over a key/value cache
+    "Batch",
+    "Decoder",
+    "KVCache",
+    "read_decoder",
     # checkpoints
     "Checkpoint",
     "open_checkpoint",
