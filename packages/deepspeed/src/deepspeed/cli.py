@@ -5,15 +5,22 @@ Only what a command needs is imported, when it is needed: `deepspeed --help` and
 
 from __future__ import annotations
 
+import importlib
 import sys
 from collections.abc import Sequence
 
+_COMMANDS = {"config": "deepspeed.config.command"}
+"""First argument -> the module whose `main` takes the rest. A script of such a name is started as `./config`."""
+
 
 def main(args: Sequence[str] | None = None) -> int:
-    """`deepspeed [options] script [args]`: returns the exit code."""
+    """`deepspeed [options] script [args]`, or one of the commands (`deepspeed config ...`): returns the exit code."""
+    words = list(sys.argv[1:] if args is None else args)
+    if words and words[0] in _COMMANDS:
+        return int(importlib.import_module(_COMMANDS[words[0]]).main(words[1:]))
     from deepspeed.launcher.runner import main as run
 
-    return run(args)
+    return run(words)
 
 
 def report_main(args: Sequence[str] | None = None) -> int:

@@ -31,6 +31,7 @@ __all__ = [
     "Real",
     "Section",
     "dtype_name",
+    "dtype_spellings",
 ]
 
 
@@ -62,6 +63,12 @@ def dtype_name(value: Any) -> Any:
     """
     text = str(value)
     return _SPELLINGS.get(text.removeprefix("torch."), value) if value is not None else None
+
+
+def dtype_spellings(name: str) -> list[str]:
+    """Every text that stands for the dtype of a short name, the short name itself included."""
+    plain = [text for text, short in _SPELLINGS.items() if short == name]
+    return [*plain, *(f"torch.{text}" for text in plain)]
 
 
 def _not_bool(value: Any) -> Any:

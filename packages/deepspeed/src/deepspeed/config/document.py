@@ -1,6 +1,7 @@
 """Documentation made from the models and the support table: the page docs/config.md and a JSON Schema for editors.
 
-`python -m deepspeed.config docs/config.md` rewrites the page; a test holds the committed one against it.
+`python -m deepspeed.config docs/config.md` rewrites the page, `python -m deepspeed.config` the shipped schema; tests
+hold the committed ones against them.
 """
 
 from __future__ import annotations
@@ -9,18 +10,23 @@ import ast
 import functools
 import inspect
 import itertools
+import json
 import sys
 import types
 import typing
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
-from deepspeed.config.base import Section
+from deepspeed.config.base import Section, dtype_spellings
 from deepspeed.config.keys import ALIASES, Key, known_keys
 from deepspeed.config.model import ConfigModel
 from deepspeed.config.support import support_of
 
-__all__ = ["config_page", "field_docs", "json_schema"]
+__all__ = ["SCHEMA_FILE", "config_page", "field_docs", "json_schema", "schema_text"]
+
+SCHEMA_FILE = Path(__file__).with_name("schema.json")
+"""The JSON Schema as it is shipped: what `schema_text` gave when the models were last changed."""
 
 _HEAD = """# The config, key by key
 
@@ -135,24 +141,63 @@ def _oneline(text: str | None) -> str:
     return " ".join((text or "").split())
 
 
+_BOUNDS = {"ge": "minimum", "gt": "exclusiveMinimum", "le": "maximum", "lt": "exclusiveMaximum"}
+"""pydantic leaves bounds behind a validator under its own names."""
+
+
 def json_schema() -> dict[str, Any]:
-    """A JSON Schema of the config file, for editors: set `"$schema"` to where it was written. "auto" and other names
-    of keys are allowed.
+    """A JSON Schema of the config file, for editors: set `"$schema"` to where it was written.
+
+    What `normalize` understands is allowed: "auto", other names of keys, the deprecated forms, every spelling of a
+    dtype.
     """
-    schema = ConfigModel.model_json_schema()
+    schema: dict[str, Any] = _standard(ConfigModel.model_json_schema())
     schema["$schema"] = "https://json-schema.org/draft/2020-12/schema"
     schema["title"] = "DeepSpeed config"
     schema["additionalProperties"] = True  # clients send extras at the top level; they are warned about
+    schema["properties"]["$schema"] = {"type": "string", "description": "Where this schema is."}
     definitions = schema.get("$defs", {})
-    models = {key.section.__name__: key.section for key in known_keys(ConfigModel) if key.section is not None}
-    for block, model in [(schema, ConfigModel), *((definitions[name], model) for name, model in models.items())]:
-        for name, field in block.get("properties", {}).items():
+    models: dict[str, type[Section]] = {
+        key.section.__name__: key.section for key in known_keys(ConfigModel) if key.section is not None
+    }
+    blocks: list[tuple[dict[str, Any], type[Section]]] = [(schema, ConfigModel)]
+    for block, model in [*blocks, *((definitions[name], model) for name, model in models.items())]:
+        for name in model.model_fields:
+            field = block["properties"][name]
             block["properties"][name] = {"anyOf": [field, {"const": "auto"}], "description": field_docs(model)[name]}
     for section, names in ALIASES.items():
         owner = schema if not section else definitions[_model_name(section)]
         for alias, key in names.items():
             owner["properties"][alias] = {**owner["properties"][key], "description": f"Another name of {key}."}
+    zero = definitions[_model_name("zero_optimization")]["properties"]
+    for old, new in (("cpu_offload", "offload_optimizer"), ("cpu_offload_param", "offload_param")):
+        zero[old] = {"type": "boolean", "deprecated": True, "description": f"Deprecated: {new}."}
+    whole = schema["properties"]["zero_optimization"]
+    whole["anyOf"].append({"type": "boolean", "deprecated": True, "description": 'Deprecated: {"stage": 1}.'})
     return schema
+
+
+def _standard(node: Any) -> Any:
+    """pydantic's schema in standard words, without its titles, and with all spellings of a dtype."""
+    if isinstance(node, list):
+        return [_standard(item) for item in node]
+    if not isinstance(node, dict):
+        return node
+    made = {_BOUNDS.get(key, key): _standard(value) for key, value in node.items() if not _is_title(key, value)}
+    names = made.get("enum")
+    if isinstance(names, list) and {"fp32", "bf16", "fp16"} <= set(names):
+        spellings = [spelling for name in names for spelling in dtype_spellings(name)]
+        made["enum"] = [*names, *(text for text in spellings if text not in names)]
+    return made
+
+
+def _is_title(key: str, value: Any) -> bool:
+    return key == "title" and isinstance(value, str)
+
+
+def schema_text() -> str:
+    """The text of the schema's file."""
+    return json.dumps(json_schema(), indent=1) + "\n"
 
 
 def _model_name(section: str) -> str:

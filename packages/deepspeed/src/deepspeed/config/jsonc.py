@@ -14,7 +14,7 @@ from typing import Any
 
 from deepspeed.errors import DeepSpeedConfigError
 
-__all__ = ["parse"]
+__all__ = ["parse", "without_comments"]
 
 _STRING = r'"(?:\\.|[^"\\\n])*"'
 _COMMENT = re.compile(rf"({_STRING})|//[^\n]*|#[^\n]*|/\*.*?\*/", re.DOTALL)
@@ -55,13 +55,18 @@ def _plain(value: Any) -> Any:
     return [_plain(item) for item in value] if isinstance(value, list) else value
 
 
+def without_comments(text: str) -> str:
+    """`text` with comments and trailing commas blanked out; every other character keeps its line and column."""
+    return _TRAILING_COMMA.sub(_blank, _COMMENT.sub(_blank, text))
+
+
 def parse(text: str, origin: str) -> dict[str, Any]:
     """The object that `text` holds. `origin` ("file ds.json") opens every error.
 
     Raises DeepSpeedConfigError for empty text, text that is not JSON (with line, column and the line itself), a
     value that is not an object, and repeated keys.
     """
-    stripped = _TRAILING_COMMA.sub(_blank, _COMMENT.sub(_blank, text))
+    stripped = without_comments(text)
     if not stripped.strip():
         raise DeepSpeedConfigError(f'{origin} is empty; expected a JSON object such as {{"train_batch_size": 8}}')
     try:

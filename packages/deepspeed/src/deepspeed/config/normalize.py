@@ -28,8 +28,8 @@ class Normalized:
     data: dict[str, Any]
     written: dict[str, str] = field(default_factory=dict)
     """Canonical path -> the path as written, where they differ."""
-    auto: set[str] = field(default_factory=set)
-    """Canonical paths that said "auto"."""
+    auto: dict[str, str] = field(default_factory=dict)
+    """Canonical path of each key that said "auto" -> the path as written."""
     notes: list[str] = field(default_factory=list)
     """Deprecation warnings, one line each."""
 
@@ -48,7 +48,7 @@ def normalize(raw: Mapping[str, Any]) -> Normalized:
     one thing said twice.
     """
     result = Normalized({})
-    result.data = _clean(raw, "", result)
+    result.data = _clean(raw, "", "", result)
     for section, names in ALIASES.items():
         block = result.data.get(section) if section else result.data
         if isinstance(block, dict):
@@ -57,18 +57,18 @@ def normalize(raw: Mapping[str, Any]) -> Normalized:
     return result
 
 
-def _clean(raw: Mapping[str, Any], prefix: str, result: Normalized) -> dict[str, Any]:
-    """A copy without "auto" values; a top-level null is an absent key."""
+def _clean(raw: Mapping[str, Any], prefix: str, canonical: str, result: Normalized) -> dict[str, Any]:
+    """A copy without "auto" values; a top-level null is an absent key. `canonical` is `prefix` in upstream's names."""
     made: dict[str, Any] = {}
+    names = ALIASES.get(canonical.rstrip("."), {})
     for key, value in raw.items():
         if not isinstance(key, str):
             raise DeepSpeedConfigError(f"{prefix}{key!r}: config keys are strings, this one is {type(key).__name__}")
+        name = f"{canonical}{names.get(key, key)}"
         if isinstance(value, str) and value == "auto":
-            section = prefix.rstrip(".")
-            name = ALIASES.get(section, {}).get(key, key)
-            result.auto.add(f"{prefix}{name}")
+            result.auto[name] = f"{prefix}{key}"
         elif isinstance(value, Mapping):
-            made[key] = _clean(value, f"{prefix}{key}.", result)
+            made[key] = _clean(value, f"{prefix}{key}.", f"{name}.", result)
         elif value is not None or prefix:
             made[key] = value
     return made

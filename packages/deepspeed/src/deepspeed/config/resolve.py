@@ -114,11 +114,11 @@ def _validate(data: Mapping[str, Any], origin: str) -> ConfigModel:
 
 def _unknown_top_level(normalized: Normalized, origin: str) -> list[str]:
     """Warnings for foreign top-level keys, which clients send; an error for those that look like a misspelt one of
-    ours. `x-` keys pass.
+    ours. `x-` keys and the `$schema` of editors pass.
     """
     errors, warnings = [], []
     for name, value in normalized.data.items():
-        if name in ConfigModel.model_fields or name.startswith("x-"):
+        if name in ConfigModel.model_fields or name == "$schema" or name.startswith("x-"):
             continue
         if close_key(name, ConfigModel, cutoff=0.8) is not None:
             errors.append(unknown_key(name, value, ConfigModel, ConfigModel))
