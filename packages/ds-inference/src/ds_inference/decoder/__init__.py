@@ -1,6 +1,6 @@
 """A Hugging Face causal language model as a decoder over a paged key/value cache: read once, computed by ds-kernels.
 
-`read_decoder` turns a model into data (`ds_kernels.DecodeModel`) without a second copy of its weights; `Decoder.forward`
+`read_decoder` turns a model into data (`DecodeModel`) without a second copy of its weights; `Decoder.forward`
 computes the tokens of a `Batch` against a `KVCache`. Which families are known, and how they differ, is a table
 (`families`). Nothing here knows requests, schedules or sampling.
 """

@@ -8,10 +8,10 @@ Source: Gemma Team 2024, "Gemma 2" (arXiv:2408.00118), section 2.
 from __future__ import annotations
 
 import torch
-from ds_kernels.ops.decode.model import DecodeLayer, DecodeModel
 from torch import Tensor
 
 from ds_inference.decoder.batch import Batch
+from ds_kernels.ops.decode.model import DecodeLayer, DecodeModel
 
 __all__ = ["softcapped_attention"]
 

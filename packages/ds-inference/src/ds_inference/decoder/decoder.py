@@ -6,12 +6,12 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from ds_kernels.ops.decode.model import DecodeModel
 from torch import Tensor, nn
 
 from ds_inference.decoder.batch import Batch
 from ds_inference.decoder.cache import KVCache
 from ds_inference.decoder.forward import forward
+from ds_kernels.ops.decode.model import DecodeModel
 
 __all__ = ["Decoder"]
 

@@ -11,12 +11,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from ds_kernels import geglu, layer_norm, linear, paged_attention, rms_norm, rope, swiglu, write_kv
-from ds_kernels.ops.decode.model import Activation, DecodeLayer, DecodeModel, Norm, RopeTable
 from torch import Tensor
 
 from ds_inference.decoder.attention import softcapped_attention
 from ds_inference.decoder.batch import Batch
+from ds_kernels import geglu, layer_norm, linear, paged_attention, rms_norm, rope, swiglu, write_kv
+from ds_kernels.ops.decode.model import Activation, DecodeLayer, DecodeModel, Norm, RopeTable
 
 __all__ = ["forward"]
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from ds_kernels.ops.decode.model import Activation, DecodeLayer, DecodeModel, RopeTable
 from torch import Tensor, nn
 
 from ds_inference.decoder.decoder import Decoder
@@ -17,6 +16,7 @@ from ds_inference.decoder.families import FAMILIES, Family, family_of
 from ds_inference.decoder.rope import rope_tables
 from ds_inference.decoder.weights import WeightReader, dtype_of, inputs_of, outputs_of
 from ds_inference.errors import ModelError
+from ds_kernels.ops.decode.model import Activation, DecodeLayer, DecodeModel, RopeTable
 
 __all__ = ["read_decoder"]
 
@@ -150,7 +150,8 @@ def _missing(module: nn.Module, name: str) -> bool:
 
 
 def _head(model: nn.Module) -> nn.Module:
-    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    find: Any = getattr(model, "get_output_embeddings", None)
+    head = None if find is None else find()
     if not isinstance(head, nn.Module):
         raise ModelError(f"{type(model).__name__} has no output layer over a vocabulary; expected a causal LM")
     return head

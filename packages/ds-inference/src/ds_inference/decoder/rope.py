@@ -10,10 +10,10 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from ds_kernels.ops.decode.model import RopeTable
 from torch import nn
 
 from ds_inference.errors import ModelError
+from ds_kernels.ops.decode.model import RopeTable
 
 __all__ = ["rope_tables"]
 

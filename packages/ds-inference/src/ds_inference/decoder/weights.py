@@ -14,11 +14,11 @@ from collections.abc import Sequence
 from typing import Literal
 
 import torch
-from ds_kernels import QuantizedWeight
-from ds_kernels.ops.decode.model import Norm, Projection
 from torch import Tensor, nn
 
 from ds_inference.errors import ModelError
+from ds_kernels import QuantizedWeight
+from ds_kernels.ops.decode.model import Norm, Projection
 
 __all__ = ["WeightReader"]
 
@@ -37,7 +37,8 @@ class WeightReader:
 
     def name(self, module: nn.Module) -> str:
         """The module's name in the model."""
-        return self._modules[id(module)]
+        name: str = self._modules[id(module)]
+        return name
 
     def left_over(self) -> list[str]:
         """Names of the parameters that nothing took."""
