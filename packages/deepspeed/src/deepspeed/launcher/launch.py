@@ -37,7 +37,9 @@ def add_node_options(parser: argparse._ActionsContainer) -> None:
         "--no_python", action="store_true", help="run the script as a program of its own, without python"
     )
     parser.add_argument(
-        "--no_local_rank", action="store_true", help="do not append --local_rank=N to the script's arguments"
+        "--no_local_rank",
+        action="store_true",
+        help="do not append --local_rank=N to the arguments of a script that parses it",
     )
     parser.add_argument(
         "--enable_each_rank_log",

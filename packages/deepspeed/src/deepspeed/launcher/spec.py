@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 
 from deepspeed.launcher.devices import Devices, split_cores, threads_per_rank
 from deepspeed.launcher.hostfile import encode_world_info
+from deepspeed.launcher.script import parses_local_rank
 
 DEFAULT_PORT = 29500
 FREE_PORT = 0
@@ -29,7 +30,7 @@ class Program:
     module: bool = False
     no_python: bool = False
     no_local_rank: bool = False
-    """Do not append `--local_rank=N`."""
+    """Never append `--local_rank=N`; otherwise it is where the script parses it."""
 
     def __post_init__(self) -> None:
         if self.module and self.no_python:
@@ -40,7 +41,8 @@ class Program:
         command = (
             [self.script] if self.no_python else [sys.executable, "-u", *(["-m"] if self.module else []), self.script]
         )
-        if not self.no_local_rank and local_rank is not None:
+        wanted = not self.no_local_rank and local_rank is not None
+        if wanted and parses_local_rank(self.script, module=self.module):
             command.append(f"--local_rank={local_rank}")
         return [*command, *self.args]
 
