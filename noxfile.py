@@ -90,6 +90,7 @@ for version in PYTHONS:
 CLIENT_TESTS = [
     "deepspeed/tests/clients",
     "ds-kernels/tests/patch",
+    "ds-inference/tests/decoder",
     "ds-kernels/tests/test_transformer.py",
     "ds-pipe/tests/test_huggingface.py",
 ]
