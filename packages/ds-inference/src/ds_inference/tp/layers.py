@@ -133,8 +133,10 @@ class RowParallelLinear(_ParallelLinear):
 class VocabParallelEmbedding(nn.Module):
     """Some rows of an embedding: tokens [...], the same on every rank -> [..., width] replicated; collective.
 
-    A token of another rank's rows gives zeros here. `scale`: a factor of the result, as some families have it.
+    `embed_scale`: a factor of the result, as Gemma and Bart have it.
     """
+
+    embed_scale: Tensor | float | None
 
     def __init__(
         self,
@@ -145,7 +147,7 @@ class VocabParallelEmbedding(nn.Module):
         *,
         label: str,
         padding_idx: int | None = None,
-        scale: Tensor | float | None = None,
+        embed_scale: Tensor | float | None = None,
     ) -> None:
         super().__init__()
         self.weight = weight
@@ -154,7 +156,10 @@ class VocabParallelEmbedding(nn.Module):
         self.communicator = communicator
         self.label = label
         self.padding_idx = padding_idx
-        self.scale = scale
+        if isinstance(embed_scale, Tensor):
+            self.register_buffer("embed_scale", embed_scale, persistent=False)
+        else:
+            self.embed_scale = embed_scale
 
     def forward(self, input: Tensor) -> Tensor:
         rows = self.weight.shape[0]
@@ -168,9 +173,10 @@ class VocabParallelEmbedding(nn.Module):
             found = F.embedding(local.masked_fill(elsewhere, 0), self.weight, pad)
             found = found.masked_fill(elsewhere.unsqueeze(-1), 0)
         whole = sum_over_ranks(found, self.communicator, self.label)
-        if self.scale is None:
+        scale = self.embed_scale
+        if scale is None:
             return whole
-        return whole * (self.scale.to(self.weight.dtype) if isinstance(self.scale, Tensor) else self.scale)
+        return whole * (scale.to(self.weight.dtype) if isinstance(scale, Tensor) else scale)
 
     def extra_repr(self) -> str:
         stop = self.first + self.weight.shape[0]
