@@ -31,7 +31,7 @@ WARM_UP_STEPS = 2
 
 @dataclass(frozen=True)
 class Contender:
-    """What runs, by `script`. `extra` is merged into the specification that it sees."""
+    """What runs, by `script`, with `threads` per rank. `extra` is merged into the specification that it sees."""
 
     kind: str
     model: str = "smollm2"
@@ -41,6 +41,7 @@ class Contender:
     world_size: int = 2
     random: bool = False
     script: str = "worker.py"
+    threads: int = 1
     extra: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -91,7 +92,7 @@ class RankGroup:
             "folder": str(scratch),
             **contender.extra,
         }
-        env = environment(contender.upstream, python)
+        env = environment(contender.upstream, python, contender.threads)
         env.update(DS_BENCH_SPEC=json.dumps(spec), WORLD_SIZE=str(contender.world_size))
         env.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()), LOCAL_WORLD_SIZE=str(contender.world_size))
         self.logs = [
@@ -215,10 +216,11 @@ def take_turns(groups: list[RankGroup], rounds: int, steps: int, warm_up: int = 
     return turns
 
 
-def environment(upstream: bool, python: str) -> dict[str, str]:
-    """Environment of a contender's process: one thread, no GPU, this checkout on the path only where it is meant."""
+def environment(upstream: bool, python: str, threads: int = 1) -> dict[str, str]:
+    """Environment of a contender's process: its threads, no GPU, this checkout on the path only where it is meant."""
     env = {key: value for key, value in os.environ.items() if not key.startswith(("DS_BENCH_", "TORCHELASTIC_"))}
-    env.update(OMP_NUM_THREADS="1", MKL_NUM_THREADS="1", CUDA_VISIBLE_DEVICES="", TOKENIZERS_PARALLELISM="false")
+    env.update(OMP_NUM_THREADS=str(threads), MKL_NUM_THREADS=str(threads))
+    env.update(CUDA_VISIBLE_DEVICES="", TOKENIZERS_PARALLELISM="false")
     env.update(HF_HUB_OFFLINE="1", PYTHONUNBUFFERED="1")
     env.pop("PYTHONPATH", None)
     if upstream:  # its build of native code looks for ninja next to its interpreter
