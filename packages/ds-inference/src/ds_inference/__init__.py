@@ -17,6 +17,7 @@ from ds_inference.__about__ import __version__
 if TYPE_CHECKING:
     from ds_inference.config import DeepSpeedInferenceConfig, default_inference_config, resolve_config
     from ds_inference.decoder import Batch, Decoder, KVCache, read_decoder
+    from ds_inference.engine import InferenceEngine
     from ds_inference.errors import (
         CapacityError,
         CheckpointError,
@@ -25,7 +26,9 @@ if TYPE_CHECKING:
         ModelError,
         RequestError,
     )
+    from ds_inference.initialize import init_inference
     from ds_inference.loader import Checkpoint, open_checkpoint
+    from ds_inference.quantization import QuantizationSpec, QuantizedLinear, WeightFormat, quantize_model
     from ds_inference.serve.blocks import BlockManager
     from ds_inference.serve.request import Request, RequestState, SamplingParams
     from ds_inference.serve.sampler import Sampled, SampleRow, sample
@@ -35,8 +38,11 @@ if TYPE_CHECKING:
 _NAMES = {
     "config": ("DeepSpeedInferenceConfig", "default_inference_config", "resolve_config"),
     "decoder": ("Batch", "Decoder", "KVCache", "read_decoder"),
+    "engine": ("InferenceEngine",),
     "errors": ("CapacityError", "CheckpointError", "ConfigError", "LogitsError", "ModelError", "RequestError"),
+    "initialize": ("init_inference",),
     "loader": ("Checkpoint", "open_checkpoint"),
+    "quantization": ("QuantizationSpec", "QuantizedLinear", "WeightFormat", "quantize_model"),
     "serve.blocks": ("BlockManager",),
     "serve.request": ("Request", "RequestState", "SamplingParams"),
     "serve.sampler": ("SampleRow", "Sampled", "sample"),
@@ -47,6 +53,14 @@ _HOMES = {name: module for module, names in _NAMES.items() for name in names}
 
 __all__ = [
     "__version__",
+    # the engine
+    "InferenceEngine",
+    "init_inference",
+    # quantisation
+    "QuantizationSpec",
+    "QuantizedLinear",
+    "WeightFormat",
+    "quantize_model",
     # configuration
     "DeepSpeedInferenceConfig",
     "default_inference_config",
