@@ -18,7 +18,7 @@ __all__ = ["SplitRandom", "align_random"]
 
 
 class SplitRandom:
-    """The random numbers of one region: a column-parallel layer opens it, the row-parallel one that reads it ends it."""
+    """The random numbers of one region: a column-parallel layer opens it, the row-parallel one ends it."""
 
     def __init__(self, rank: int) -> None:
         self.rank = rank

@@ -22,13 +22,14 @@ Piece = tuple[Range, ...]
 
 
 def split_features(size: int, num_ranks: int, grain: int = 1) -> tuple[Range, ...]:
-    """One range per rank, whole multiples of `grain` where there are enough of them, else of 1; what is over goes last.
+    """One range per rank, whole multiples of `grain` where there are enough of them, else of 8, else of 1.
 
-    The first ranks have one grain more when it does not come out even. ModelError for fewer features than ranks.
+    What is over goes last (some kernels need rows of whole 16 bytes, thus 8). The first ranks have one grain more when
+    it does not come out even. ModelError for fewer features than ranks.
     """
     if size < num_ranks:
         raise ModelError(f"{size} features cannot be split over {num_ranks} ranks; use at most {size} ranks")
-    unit = grain if size // grain >= num_ranks else 1
+    unit = next((unit for unit in (grain, 8) if size // unit >= num_ranks), 1)
     share, more = divmod(size // unit, num_ranks)
     bounds = [(rank * share + min(rank, more)) * unit for rank in range(num_ranks)] + [size]
     return tuple(pairwise(bounds))

@@ -16,6 +16,7 @@ _LLAMA: dict[str, Any] = {
     "head_dim": 8,
     "max_position_embeddings": 64,
 }
+_HEADS: dict[str, Any] = {**_COMMON, "num_attention_heads": 6, "max_position_embeddings": 64}
 CONFIGS: dict[str, dict[str, Any]] = {
     "llama": {**_LLAMA, "tie_word_embeddings": True},
     "mistral": {**_LLAMA, "sliding_window": 8},
@@ -28,14 +29,29 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "phi": {**_LLAMA, "partial_rotary_factor": 0.5},
     "phi3": {**_LLAMA, "rope_scaling": None},
     "gpt2": {"vocab_size": WORDS, "n_embd": 48, "n_layer": 2, "n_head": 6, "n_positions": 64},
-    "opt": {**_COMMON, "ffn_dim": 64, "num_attention_heads": 6, "max_position_embeddings": 64, "word_embed_proj_dim": 48},
+    "opt": {
+        **_COMMON,
+        "ffn_dim": 64,
+        "num_attention_heads": 6,
+        "max_position_embeddings": 64,
+        "word_embed_proj_dim": 48,
+    },
     "bert": {**_COMMON, "intermediate_size": 64, "num_attention_heads": 6, "max_position_embeddings": 64},
     "gpt_neox": {**_COMMON, "intermediate_size": 64, "num_attention_heads": 6, "max_position_embeddings": 64},
-    "falcon": {**_COMMON, "num_attention_heads": 6, "num_kv_heads": 3, "new_decoder_architecture": True, "alibi": False},
+    "falcon": {
+        **_COMMON,
+        "num_attention_heads": 6,
+        "num_kv_heads": 3,
+        "new_decoder_architecture": True,
+        "alibi": False,
+    },
     "bloom": {"vocab_size": WORDS, "hidden_size": 48, "n_layer": 2, "n_head": 6},
     "mixtral": {**_LLAMA, "num_local_experts": 4},
     "qwen3_moe": {**_LLAMA, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32},
 }
+
+
+_EAGER = {"bloom", "gemma2"}
 
 
 def build(model_type: str, **changes: Any) -> Any:
@@ -45,7 +61,7 @@ def build(model_type: str, **changes: Any) -> Any:
     torch.manual_seed(5)
     config = transformers.AutoConfig.for_model(model_type, **{**CONFIGS[model_type], **changes})
     kind = transformers.AutoModelForMaskedLM if model_type == "bert" else transformers.AutoModelForCausalLM
-    model = kind.from_config(config, attn_implementation=changes.get("attn_implementation", "sdpa"))
+    model = kind.from_config(config, attn_implementation="eager" if model_type in _EAGER else "sdpa")
     with torch.no_grad():
         for parameter in model.parameters():  # biases and norms are zeros and ones otherwise
             parameter.add_(torch.randn_like(parameter) * 0.05)
