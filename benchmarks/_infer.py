@@ -1,8 +1,8 @@
 """What the inference benchmarks share: SmolLM2-135M in every contender's format, contenders in turns, result lines.
 
-A contender is `family:precision`, for example `ours:bf16` or `llama.cpp:q8_0`, one process with `--threads` threads (see
-`_infer_worker.py`). **Assets** are the files that all read: the dense bf16 weights as a transformers folder, the same
-as GGUF in several formats, the tokens of the text. They take a minute to make; `--assets DIR` keeps them for other runs.
+A contender is `family:precision`, for example `ours:bf16` or `llama.cpp:q8_0`: one process with `--threads` threads
+(see `_infer_worker.py`). **Assets** are the files that all read: the dense bf16 weights as a transformers folder, the
+same as GGUF in several formats, the tokens of the text. They take a minute to make; `--assets DIR` keeps them.
 """
 
 from __future__ import annotations
@@ -118,3 +118,15 @@ def prompts(folder: Path, lengths: Sequence[int], offset: int = 0) -> list[list[
     tokens = torch.load(folder / "smollm2.tokens.pt", weights_only=True)
     starts = [(offset + 997 * index) % (len(tokens) - max(lengths)) for index in range(len(lengths))]
     return [tokens[start : start + length].tolist() for start, length in zip(starts, lengths, strict=True)]
+
+
+def windows(folder: Path, length: int, count: int) -> list[list[int]]:
+    """`count` windows of `length` tokens, spread evenly over the text."""
+    import torch
+
+    tokens = torch.load(folder / "smollm2.tokens.pt", weights_only=True)
+    rows = tokens[: len(tokens) // length * length].view(-1, length)
+    if len(rows) < count:
+        raise SystemExit(f"the text has {len(rows)} windows of {length} tokens, {count} were asked for")
+    found: list[list[int]] = rows[:: len(rows) // count][:count].tolist()
+    return found

@@ -24,7 +24,6 @@ from typing import Any
 
 import _memory
 
-QUANT_BITS = {"int8": 8, "int4": 4}
 CONTEXT = 1024
 
 
@@ -147,18 +146,38 @@ class Ours(Transformers):
         import ds_inference
 
         self.model = self.load()
+        if "slots" in self.spec:
+            options = {"max_running": self.spec["slots"], "max_length": CONTEXT, **self.options()}
+            self.core = ds_inference.LLM(self.model, **options).core
+            return
         self.generator = ds_inference.init_inference(
             self.model,
             dtype=self.model.dtype,
             replace_with_kernel_inject=True,
             max_out_tokens=CONTEXT,
-            **self.quantization(),
+            **self.options(),
         )
 
-    def quantization(self) -> dict[str, Any]:
-        """Keywords for the precisions below 16 bits."""
-        bits = QUANT_BITS.get(self.precision)
-        return {"quant": {"enabled": True, "weight": {"num_bits": bits}}} if bits else {}
+    def options(self) -> dict[str, Any]:
+        """Keywords of the precisions below 16 bits."""
+        return {"quantization": self.precision} if self.precision.startswith("int") else {}
+
+
+class OursCheckpoint(Ours):
+    """A model without memory, whose weights the engine reads from the folder."""
+
+    def load(self) -> Any:
+        import torch
+        from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
+
+        config = AutoConfig.from_pretrained(self.assets / "smollm2")
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+        model.generation_config = GenerationConfig(eos_token_id=None, pad_token_id=0)
+        return model
+
+    def options(self) -> dict[str, Any]:
+        return {**super().options(), "checkpoint": str(self.assets / "smollm2")}
 
 
 class OursTorch(Ours):
@@ -178,7 +197,7 @@ class LlamaCpp(Family):
     def build(self) -> None:
         from _llama import Llama
 
-        self.llama = Llama(self.file(), self.threads, self.spec.get("slots", 8), self.spec.get("context", CONTEXT))
+        self.llama = Llama(self.file(), self.threads, self.spec.get("slots", 8), CONTEXT)
 
     def file(self) -> Path:
         """The GGUF file of this precision."""
@@ -201,6 +220,7 @@ FAMILIES: dict[str, type[Family]] = {
     "upstream": Upstream,
     "ours": Ours,
     "ours-torch": OursTorch,
+    "ours-checkpoint": OursCheckpoint,
     "llama.cpp": LlamaCpp,
 }
 

@@ -1,16 +1,19 @@
 """llama.cpp by its own calls (llama-cpp-python's ctypes): a context with slots, steps over a batch of tokens.
 
-What its server does between HTTP requests is `Llama.step`: one `llama_decode` over tokens of several sequences, then
-its greedy sampler for each row that asks. Cells of all slots lie in one unified cache, as in the server.
+A step is one `llama_decode` over tokens of several sequences, then its greedy sampler for each row that asks. The cells
+of all slots lie in one unified cache. `serve` is what its server does with requests, but for HTTP, which costs it
+nothing here: the wheels of llama-cpp-python have no server with slots.
 """
 
 from __future__ import annotations
 
+from collections import deque
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import llama_cpp
 import numpy as np
+from _infer_serve import Clock, Job
 
 
 class Row(NamedTuple):
@@ -87,3 +90,43 @@ class Llama:
                 for slot, (prompt, sequence) in enumerate(zip(prompts, found, strict=True))
             ]
         return found
+
+
+def serve(llama: Llama, jobs: list[Job], slots: int) -> None:
+    """Serve a trace (see `_infer_serve`): a step computes one token of every slot that decodes, and as much of waiting
+    prompts as the batch has room for."""
+    waiting, clock = deque(jobs), Clock()
+    running: dict[int, Job] = {}
+    for slot in range(slots):
+        llama.free(slot)
+    while waiting or running:
+        if not running:
+            clock.sleep_until(waiting[0].at)
+        for slot in range(slots):
+            if slot not in running and waiting and waiting[0].at <= clock.now():
+                running[slot] = waiting.popleft()
+        rows = rows_of_step(running, llama.max_rows)
+        sampled = llama.step(rows)
+        now = clock.now()
+        for slot, token in zip([row.slot for row in rows if row.sample], sampled, strict=True):
+            job = running[slot]
+            job.take([token], now)
+            if len(job.tokens) == job.new:
+                del running[slot]
+                llama.free(slot)
+
+
+def rows_of_step(running: dict[int, Job], limit: int) -> list[Row]:
+    """One token of every sequence that decodes, then prompts as far as there is room."""
+    rows = [
+        Row(job.tokens[-1], len(job.prompt) + len(job.tokens) - 1, slot, True)
+        for slot, job in running.items()
+        if job.tokens
+    ]
+    for slot, job in running.items():
+        if job.tokens:
+            continue
+        end = min(len(job.prompt), job.read + limit - len(rows))
+        rows += [Row(job.prompt[at], at, slot, at == len(job.prompt) - 1) for at in range(job.read, end)]
+        job.read = end
+    return rows

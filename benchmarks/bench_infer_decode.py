@@ -18,16 +18,12 @@ from _common import summary
 from _kernels import triad
 from _ranks import RankGroup
 
+OURS = ("ours:bf16", "ours:int8", "ours:int4", "ours-torch:bf16")
+DENSE = ("transformers:bf16", "upstream:bf16", "llama.cpp:f16", "llama.cpp:bf16")
 CONTENDERS = {
-    "decode": (
-        *("ours:bf16", "ours:int8", "ours:int4", "ours:fp32", "ours-torch:bf16", "transformers:bf16"),
-        *("compiled:bf16", "upstream:bf16", "llama.cpp:f16", "llama.cpp:bf16", "llama.cpp:q8_0"),
-        *("llama.cpp:q4_0", "llama.cpp:q4_1"),
-    ),
-    "batch8": ("ours:bf16", "ours:int8", "ours:int4", "ours-torch:bf16", "transformers:bf16", "llama.cpp:f16")
-    + ("llama.cpp:bf16", "llama.cpp:q8_0"),
-    "first": ("ours:bf16", "ours:int8", "ours:int4", "ours-torch:bf16", "transformers:bf16", "upstream:bf16")
-    + ("llama.cpp:f16", "llama.cpp:bf16", "llama.cpp:q8_0"),
+    "decode": (*OURS, "ours:fp32", *DENSE, "compiled:bf16", "llama.cpp:q8_0", "llama.cpp:q4_0", "llama.cpp:q4_1"),
+    "batch8": (*OURS, *DENSE, "llama.cpp:q8_0", "llama.cpp:q4_0"),
+    "first": (*OURS, *DENSE, "llama.cpp:q8_0", "llama.cpp:q4_0"),
 }
 PROMPTS = {"decode": (1, 64), "batch8": (8, 64), "first": (1, 512)}
 
