@@ -159,6 +159,28 @@ class Scheduler:
         self._waiting.append(request)
         self._num_queued_tokens = queued
 
+    def check_size(self, num_prompt: int, max_tokens: int | None, who: str = "the request") -> None:
+        """RequestError when a prompt of this length and its answer could never be served. Any thread may ask."""
+        room, whose = self._room
+        if num_prompt >= room:
+            raise RequestError(
+                f"{who} has a prompt of {num_prompt} tokens; expected at most {room - 1} "
+                f"({whose} is {room}, and the answer needs one)"
+            )
+        if max_tokens is not None and num_prompt + max_tokens > room:
+            raise RequestError(
+                f"{who} asks for {max_tokens} tokens after a prompt of {num_prompt}; {whose} is {room}: "
+                f"ask for at most {room - num_prompt}, or for None"
+            )
+
+    @property
+    def _room(self) -> tuple[int, str]:
+        """Tokens of the longest request, and what sets this limit."""
+        cache = self.blocks.num_blocks * self.blocks.block_size
+        if self.limits.max_length <= cache:
+            return self.limits.max_length, "the model's length"
+        return cache, "the size of the cache"
+
     def fork(self, parent_id: str, child: Request) -> bool:
         """Add a request with the prompt of one that runs: it shares the blocks of what is computed of that prompt.
 
@@ -246,25 +268,14 @@ class Scheduler:
             self._preempt(self._running[-1])
 
     def _check_new(self, request: Request) -> None:
-        name, limit = request.request_id, self.limits.max_length
+        name = request.request_id
         if request.state is not RequestState.WAITING or name in self._requests:
             raise RequestError(
                 f"request {name!r} is there already; expected an id that is not in use, and a new Request"
             )
-        room = min(limit, self.blocks.num_blocks * self.blocks.block_size)
-        whose = "the model's length" if room == limit else "the size of the cache"
-        if request.num_prompt >= room:
-            raise RequestError(
-                f"request {name!r} has a prompt of {request.num_prompt} tokens; expected at most {room - 1} "
-                f"({whose} is {room}, and the answer needs one)"
-            )
         wanted = request.params.max_tokens
-        if wanted is not None and request.num_prompt + wanted > room:
-            raise RequestError(
-                f"request {name!r} asks for {wanted} tokens after a prompt of {request.num_prompt}; {whose} is {room}: "
-                f"ask for at most {room - request.num_prompt}, or for None"
-            )
-        request.max_length = room if wanted is None else request.num_prompt + wanted
+        self.check_size(request.num_prompt, wanted, f"request {name!r}")
+        request.max_length = self._room[0] if wanted is None else request.num_prompt + wanted
 
     def _advance(self, request: Request, step: _Step) -> None:
         """Plan as many of a running request's tokens as fit, preempting younger ones when not even one does."""
