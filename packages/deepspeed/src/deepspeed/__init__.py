@@ -30,6 +30,7 @@ if TYPE_CHECKING:
         monitor,
         ops,
         pipe,
+        profiling,
         runtime,
         utils,
     )
@@ -99,6 +100,7 @@ _SUBMODULES = (
     "monitor",
     "ops",
     "pipe",
+    "profiling",
     "runtime",
     "utils",
 )

@@ -1,7 +1,7 @@
 """Listeners that log how training goes: a line every `steps_per_print` steps, phase times, memory.
 
 They subscribe to the engine like any other callback (`deepspeed.events`); the keys `steps_per_print`,
-`wall_clock_breakdown` and `memory_breakdown` switch them on.
+`wall_clock_breakdown` and `memory_breakdown`, and the section `flops_profiler`, switch them on.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+import ds_comm
 from deepspeed.config import ResolvedConfig
 from deepspeed.events import Callback, EngineView
 from deepspeed.runtime.utils import see_memory_usage
@@ -75,4 +76,8 @@ def progress_listeners(config: ResolvedConfig, timers: Any) -> list[Callback]:
         listeners.append(ProgressLog(config.steps_per_print, timers if config.wall_clock_breakdown else None))
     if config.memory_breakdown:
         listeners.append(MemoryLog())
+    if config.flops_profiler.enabled and ds_comm.get_rank() == 0:
+        from deepspeed.profiling.listener import ProfiledStep  # here: counting imports what nothing else needs
+
+        listeners.append(ProfiledStep(config.flops_profiler))
     return listeners

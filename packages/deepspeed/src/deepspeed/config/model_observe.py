@@ -30,7 +30,7 @@ class FlopsProfiler(Section):
     recompute_fwd_factor: NonNegative = 0.0
     """Forward passes repeated by activation checkpointing, as a share of one."""
     profile_step: Positive = 1
-    """The step that is profiled."""
+    """Steps before the profiled one."""
     module_depth: Integer = -1
     """Depth of the module table; -1 for the innermost."""
     top_modules: Positive = 1

@@ -208,7 +208,10 @@ SUPPORT: Mapping[str, Support] = MappingProxyType(
         "checkpoint.checkpoint_serialization": Support("no-op", "shards are safetensors, never torch's zip files"),
         "checkpoint.writer.*": Support("no-op", "there is one writer: it works in the background"),
         "comms_logger.*": Support("works"),
-        "flops_profiler.*": Support("unsupported", "comes with the profilers"),
+        "flops_profiler.*": Support("works"),
+        "flops_profiler.recompute_fwd_factor": Support(
+            "no-op", "a forward that checkpointing runs again is counted when it is"
+        ),
         "tensorboard.*": Support("works"),
         "wandb.*": Support("works"),
         "csv_monitor.*": Support("works"),
