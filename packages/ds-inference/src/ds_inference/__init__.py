@@ -29,10 +29,17 @@ if TYPE_CHECKING:
     from ds_inference.initialize import init_inference
     from ds_inference.loader import Checkpoint, open_checkpoint
     from ds_inference.quantization import QuantizationSpec, QuantizedLinear, WeightFormat, quantize_model
+    from ds_inference.serve.async_engine import AsyncLLM, JobStream
     from ds_inference.serve.blocks import BlockManager
+    from ds_inference.serve.core import ServingCore, ServingStats
+    from ds_inference.serve.llm import LLM
+    from ds_inference.serve.options import ServingOptions
+    from ds_inference.serve.outputs import Completion, Delta, RequestOutput, Timing
     from ds_inference.serve.request import Request, RequestState, SamplingParams
     from ds_inference.serve.sampler import Sampled, SampleRow, sample
     from ds_inference.serve.scheduler import Progress, Scheduler, SchedulerLimits, StepPlan, Work
+    from ds_inference.tp.applied import AppliedPlan
+    from ds_inference.tp.apply import apply_tensor_parallel, plan_model
     from ds_inference.tp.plan import Entry, ModelFacts, ModuleInfo, Rule, TensorParallelPlan, plan_tensor_parallel
 
 _NAMES = {
@@ -43,10 +50,17 @@ _NAMES = {
     "initialize": ("init_inference",),
     "loader": ("Checkpoint", "open_checkpoint"),
     "quantization": ("QuantizationSpec", "QuantizedLinear", "WeightFormat", "quantize_model"),
+    "serve.async_engine": ("AsyncLLM", "JobStream"),
     "serve.blocks": ("BlockManager",),
+    "serve.core": ("ServingCore", "ServingStats"),
+    "serve.llm": ("LLM",),
+    "serve.options": ("ServingOptions",),
+    "serve.outputs": ("Completion", "Delta", "RequestOutput", "Timing"),
     "serve.request": ("Request", "RequestState", "SamplingParams"),
     "serve.sampler": ("SampleRow", "Sampled", "sample"),
     "serve.scheduler": ("Progress", "Scheduler", "SchedulerLimits", "StepPlan", "Work"),
+    "tp.applied": ("AppliedPlan",),
+    "tp.apply": ("apply_tensor_parallel", "plan_model"),
     "tp.plan": ("Entry", "ModelFacts", "ModuleInfo", "Rule", "TensorParallelPlan", "plan_tensor_parallel"),
 }
 _HOMES = {name: module for module, names in _NAMES.items() for name in names}
@@ -80,6 +94,17 @@ __all__ = [
     # checkpoints
     "Checkpoint",
     "open_checkpoint",
+    # serving
+    "AsyncLLM",
+    "Completion",
+    "Delta",
+    "JobStream",
+    "LLM",
+    "RequestOutput",
+    "ServingCore",
+    "ServingOptions",
+    "ServingStats",
+    "Timing",
     # serving: requests, blocks, scheduler, sampler
     "BlockManager",
     "Progress",
@@ -93,12 +118,15 @@ __all__ = [
     "StepPlan",
     "Work",
     "sample",
-    # tensor parallelism: the plan
+    # tensor parallelism
+    "AppliedPlan",
     "Entry",
     "ModelFacts",
     "ModuleInfo",
     "Rule",
     "TensorParallelPlan",
+    "apply_tensor_parallel",
+    "plan_model",
     "plan_tensor_parallel",
 ]
 

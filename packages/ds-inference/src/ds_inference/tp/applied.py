@@ -151,6 +151,13 @@ class AppliedPlan:
         """This rank's part of a whole model's state dict."""
         return {name: self.cut(name, value) for name, value in state.items()}
 
+    def whole_shape(self, name: str, local: Tensor) -> tuple[int, ...]:
+        """The shape of what `local` is this rank's part of."""
+        shape, part = list(local.shape), self.part(name)
+        if part is not None:
+            shape[part[0]] = max(high for parts in self._parts for _, high in parts[name][1])  # type: ignore[index]
+        return tuple(shape)
+
     def joined(self, name: str, local: Tensor, *, everywhere: bool = False) -> Tensor | None:
         """The whole tensor from the ranks' parts, on the first rank (None elsewhere) or everywhere; collective."""
         part = self.part(name)
@@ -169,8 +176,7 @@ class AppliedPlan:
         if not keeps:
             return None
         shape = local.movedim(dim, 0).shape[1:]
-        length = max(high for one in parts for _, high in one[1])  # type: ignore[index]
-        whole = local.new_empty(length, *shape)
+        whole = local.new_empty(self.whole_shape(name, local)[dim], *shape)
         for rank, one in enumerate(parts):
             piece = everyone[rank * most : rank * most + sizes[rank] * rest].view(sizes[rank], *shape)
             at = 0
@@ -224,15 +230,15 @@ class AppliedPlan:
             if stored not in checkpoint:
                 missing.append(name)
                 continue
+            if checkpoint.shape(stored) != self.whole_shape(name, value):
+                raise ModelError(
+                    f"{stored} of {checkpoint.path} is {checkpoint.shape(stored)}, but {name} of the whole model is "
+                    f"{self.whole_shape(name, value)}; it is a checkpoint of another model"
+                )
             part = self.part(name)
             dim, ranges = (None, ()) if part is None else part
             wanted = dtype if value.is_floating_point() else None
             read = checkpoint.read(stored, dim, ranges, dtype=wanted, device=device)
-            if tuple(read.shape) != tuple(value.shape):
-                raise ModelError(
-                    f"{stored} of {checkpoint.path} gives {tuple(read.shape)} on rank {self.rank}, and {name} is "
-                    f"{tuple(value.shape)}; it is a checkpoint of another model"
-                )
             filled.add(id(value))
             if not value.is_meta:
                 value.copy_(read)

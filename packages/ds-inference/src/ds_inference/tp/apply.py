@@ -119,11 +119,11 @@ def apply_tensor_parallel(
         raise ModelError(f"this {type(model).__name__} is split over tensor-parallel ranks already; split it once")
     ds_comm.init_distributed()
     communicator = ds_comm.communicator(group)
-    plan, error = _planned(model, plan, communicator, planning)
-    communicator.agree(str(plan) if error is None else f"ModelError: {error}", label="the tensor-parallel plan")
-    if error is not None:
-        raise error
-    applied = AppliedPlan(plan, communicator, model)
+    made = _planned(model, plan, communicator, planning)
+    communicator.agree(f"{type(made).__name__}: {made}", label="the tensor-parallel plan")
+    if isinstance(made, ModelError):
+        raise made
+    applied = AppliedPlan(made, communicator, model)
     if communicator.size > 1:
         align_random(communicator)
         model_type = str(getattr(getattr(model, "config", None), "model_type", ""))
@@ -138,19 +138,19 @@ def apply_tensor_parallel(
 
 def _planned(
     model: nn.Module, plan: TensorParallelPlan | None, communicator: Communicator, planning: dict[str, Any]
-) -> tuple[TensorParallelPlan, None] | tuple[None, ModelError]:
+) -> TensorParallelPlan | ModelError:
     try:
         if plan is None:
-            return plan_model(model, communicator.size, **planning), None
+            return plan_model(model, communicator.size, **planning)
         if planning:
             raise ModelError(
                 f"a plan is given, and with it {sorted(planning)}, which are for making one; leave them out"
             )
         if plan.num_ranks != communicator.size:
             raise ModelError(f"the plan is for {plan.num_ranks} ranks, the group has {communicator.size}; plan anew")
-        return plan, None
+        return plan
     except ModelError as error:
-        return None, error
+        return error
 
 
 def _check_stacked(model: nn.Module, plan: TensorParallelPlan) -> None:

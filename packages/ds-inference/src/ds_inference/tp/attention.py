@@ -19,7 +19,7 @@ from ds_inference.tp import names
 from ds_inference.tp.plan import TensorParallelPlan
 from ds_inference.tp.split import Range
 
-__all__ = ["AlibiSlice", "adapt_attention", "attention_modules", "check_attention", "head_norms"]
+__all__ = ["HeadBiases", "adapt_attention", "attention_modules", "check_attention", "head_norms"]
 
 _QUERIES = {"num_heads", "num_attention_heads", "n_heads", "n_head"}
 _KEYS = {"num_key_value_heads", "num_kv_heads", "n_kv_heads"}
@@ -29,27 +29,28 @@ _HEAD_UNITS = ("heads", "kv_heads", "qkv", "groups")
 
 
 @dataclass(frozen=True)
-class AlibiSlice:
-    """A forward pre-hook that gives a module the position biases of its own heads."""
+class HeadBiases:
+    """A forward pre-hook that gives an attention module the position biases, and the masks per head, of its heads."""
 
     num_heads: int
     heads: Range
-    at: int
-    """Position of `alibi` among the arguments."""
+    names: tuple[str, ...]
+    """The module's arguments in order."""
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if "alibi" in kwargs:
-            return args, {**kwargs, "alibi": self._own(kwargs["alibi"])}
-        if len(args) > self.at:
-            return (*args[: self.at], self._own(args[self.at]), *args[self.at + 1 :]), kwargs
-        return None
+        given = tuple(self._own(name, value) for name, value in zip(self.names, args, strict=False))
+        return given + args[len(given) :], {name: self._own(name, value) for name, value in kwargs.items()}
 
-    def _own(self, alibi: Tensor | None) -> Tensor | None:
-        """[batch * heads, ...] -> [batch * local heads, ...]"""
-        if alibi is None:
-            return None
+    def _own(self, name: str, value: Any) -> Any:
+        """[batch * heads, ...] or [batch, heads, queries, keys] -> the same with the local heads."""
+        if name not in ("alibi", "attention_mask") or not isinstance(value, Tensor):
+            return value
         low, high = self.heads
-        return alibi.unflatten(0, (-1, self.num_heads))[:, low:high].flatten(0, 1)
+        if value.dim() == 4 and value.shape[1] == self.num_heads:
+            return value[:, low:high]
+        if name == "alibi" and value.dim() == 3:
+            return value.unflatten(0, (-1, self.num_heads))[:, low:high].flatten(0, 1)
+        return value
 
 
 def attention_modules(model: nn.Module, plan: TensorParallelPlan) -> dict[str, nn.Module]:
@@ -99,9 +100,9 @@ def adapt_attention(model: nn.Module, plan: TensorParallelPlan, rank: int) -> No
         config = getattr(module, "config", None)
         if config is not None:
             module.config = _local_config(config, plan, queries, keys)
-        parameters = list(inspect.signature(module.forward).parameters)
+        parameters = tuple(inspect.signature(module.forward).parameters)
         if "alibi" in parameters:
-            hook = AlibiSlice(heads.num_heads, heads.query[rank], parameters.index("alibi"))
+            hook = HeadBiases(heads.num_heads, heads.query[rank], parameters)
             module.register_forward_pre_hook(hook, with_kwargs=True)
 
 

@@ -72,7 +72,8 @@ def _kind(module: nn.Module) -> Kind:
     if isinstance(module, nn.Linear):
         plain = type(module).forward is nn.Linear.forward or kind in _SAME_AS_LINEAR
         return "linear" if plain else "other"
-    if kind == "Conv1D" and module.weight.dim() == 2:
+    weight = module.get_parameter("weight")
+    if kind == "Conv1D" and weight.dim() == 2:
         return "linear_t"
     if isinstance(module, nn.Embedding):
         plain = type(module).forward is nn.Embedding.forward or kind.endswith(_SCALED)
