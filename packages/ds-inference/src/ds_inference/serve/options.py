@@ -106,9 +106,7 @@ def build_core(model: Model, options: ServingOptions, tokenizer: Any = None) -> 
     eos = _end_tokens(model)
     how = {} if options.quantization is None else {"quantization": options.quantization}
     decoder = model if isinstance(model, Decoder) else read_decoder(model, **how)
-    codec: TextCodec | None = HuggingFaceCodec(tokenizer, eos) if hasattr(tokenizer, "eos_token_id") else tokenizer
-    if codec is not None:
-        eos = codec.eos_token_ids
+    codec: TextCodec | None = HuggingFaceCodec(tokenizer) if hasattr(tokenizer, "eos_token_id") else tokenizer
     length = _length(decoder, options)
     num_blocks = _num_blocks(decoder, options, length)
     cache = KVCache(decoder, num_blocks, options.block_size)

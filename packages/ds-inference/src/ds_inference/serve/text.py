@@ -29,8 +29,6 @@ _CONTEXT = 5
 class TextCodec(Protocol):
     """A tokenizer as serving needs it. Its methods may be called from several threads."""
 
-    eos_token_ids: tuple[int, ...]
-
     def encode(self, text: str, special: bool = True) -> list[int]:
         """Tokens of a text; `special`: with the begin token and what else the tokenizer adds by itself."""
 
@@ -47,10 +45,8 @@ class TextCodec(Protocol):
 class HuggingFaceCodec:
     """A tokenizer of transformers as a `TextCodec`."""
 
-    def __init__(self, tokenizer: Any, eos_token_ids: tuple[int, ...] = ()) -> None:
+    def __init__(self, tokenizer: Any) -> None:
         self.tokenizer = tokenizer
-        own = getattr(tokenizer, "eos_token_id", None)
-        self.eos_token_ids = tuple(dict.fromkeys([*eos_token_ids, *([] if own is None else [own])]))
         # What lies below a fast tokenizer is several times faster, and safe in threads as long as nobody sets its
         # padding or truncation, which the tokenizer itself does at every call.
         backend = getattr(tokenizer, "backend_tokenizer", None)
