@@ -18,6 +18,16 @@ if TYPE_CHECKING:
     from ds_kernels.ops.bias_dropout_residual import bias_dropout_residual
     from ds_kernels.ops.bias_gelu import bias_gelu
     from ds_kernels.ops.cross_entropy import cross_entropy
+    from ds_kernels.ops.decode import (
+        DecodeLayer,
+        DecodeModel,
+        DecodeProgram,
+        Norm,
+        Projection,
+        RopeTable,
+        bind_decode,
+        decode,
+    )
     from ds_kernels.ops.flash_attention import flash_attention
     from ds_kernels.ops.glu import geglu, swiglu
     from ds_kernels.ops.grouped_gemm import grouped_gemm
@@ -40,6 +50,16 @@ _NAMES = {
     "ops.bias_dropout_residual": ("bias_dropout_residual",),
     "ops.bias_gelu": ("bias_gelu",),
     "ops.cross_entropy": ("cross_entropy",),
+    "ops.decode": (
+        "DecodeLayer",
+        "DecodeModel",
+        "DecodeProgram",
+        "Norm",
+        "Projection",
+        "RopeTable",
+        "bind_decode",
+        "decode",
+    ),
     "ops.flash_attention": ("flash_attention",),
     "ops.glu": ("geglu", "swiglu"),
     "ops.grouped_gemm": ("grouped_gemm",),
@@ -63,20 +83,28 @@ __all__ = [
     "HAS_TRITON",
     "Applied",
     "BackendError",
+    "DecodeLayer",
+    "DecodeModel",
+    "DecodeProgram",
     "DeepSpeedTransformerConfig",
     "DeepSpeedTransformerLayer",
     "KernelArgumentError",
+    "Norm",
     "PatchError",
+    "Projection",
     "Quantized",
     "QuantizedWeight",
+    "RopeTable",
     "Routing",
     "__version__",
     "apply_kernels",
     "available_backends",
     "bias_dropout_residual",
     "bias_gelu",
+    "bind_decode",
     "bind_linear",
     "cross_entropy",
+    "decode",
     "flash_attention",
     "geglu",
     "grouped_gemm",

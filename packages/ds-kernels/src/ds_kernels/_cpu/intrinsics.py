@@ -15,9 +15,9 @@ from numba import carray, njit, types
 from numba.extending import intrinsic
 
 __all__ = [
-    "as_bits", "as_float", "bf16_to_f32", "f32_array", "f32_to_bf16", "f32_to_fp16", "f64_array", "float_at",
-    "fp16_to_f32", "grain", "i8_array", "i32_array", "i64_array", "load", "load_sum", "store", "take", "total",
-    "u8_array", "u16_array", "u32_array",
+    "as_bits", "as_float", "bf16_to_f32", "f32_array", "f32_at", "f32_to_bf16", "f32_to_fp16", "f64_array", "float_at",
+    "fp16_to_f32", "grain", "i8_array", "i32_array", "i32_at", "i64_array", "i64_at", "load", "load_at", "load_sum",
+    "store", "store_at", "take", "total", "u8_array", "u8_at", "u16_array", "u16_at", "u32_array",
 ]  # fmt: skip
 
 BF16, FP16, F32 = 1, 2, 0
@@ -46,6 +46,22 @@ def _array_of(pointee: Any, llvm: Any) -> Any:
     return array
 
 
+def _array_at(pointee: Any, llvm: Any) -> Any:
+    """A function `(address, numel)`: the array of one element type at an address."""
+    pointer = _pointer_cast(pointee, llvm)
+
+    @njit(inline="always")
+    def array(address, numel):
+        return carray(pointer(address), numel)
+
+    return array
+
+
+f32_at = _array_at(types.float32, ir.FloatType())
+i32_at = _array_at(types.int32, ir.IntType(32))
+i64_at = _array_at(types.int64, ir.IntType(64))
+u8_at = _array_at(types.uint8, ir.IntType(8))
+u16_at = _array_at(types.uint16, ir.IntType(16))
 f32_array = _array_of(types.float32, ir.FloatType())
 f64_array = _array_of(types.float64, ir.DoubleType())
 i8_array = _array_of(types.int8, ir.IntType(8))
@@ -161,6 +177,40 @@ def fp16_to_f32(bits):
 def f32_to_fp16(value):
     """Round to nearest even, overflow to infinity."""
     return _float_to_half(np.float32(value))
+
+
+@njit(inline="always")
+def load_at(address, code, n, out):
+    """Widen n elements of a dtype (code) at an address into the fp32 array `out`."""
+    if code == BF16:
+        halves = u16_at(address, n)
+        for i in range(n):
+            out[i] = bf16_to_f32(halves[i])
+    elif code == FP16:
+        halves = u16_at(address, n)
+        for i in range(n):
+            out[i] = fp16_to_f32(halves[i])
+    else:
+        floats = f32_at(address, n)
+        for i in range(n):
+            out[i] = floats[i]
+
+
+@njit(inline="always")
+def store_at(address, code, n, values):
+    """Round the fp32 array `values` into n elements of a dtype (code) at an address."""
+    if code == BF16:
+        halves = u16_at(address, n)
+        for i in range(n):
+            halves[i] = f32_to_bf16(values[i])
+    elif code == FP16:
+        halves = u16_at(address, n)
+        for i in range(n):
+            halves[i] = f32_to_fp16(values[i])
+    else:
+        floats = f32_at(address, n)
+        for i in range(n):
+            floats[i] = values[i]
 
 
 @njit(inline="always")

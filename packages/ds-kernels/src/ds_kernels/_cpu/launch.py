@@ -39,7 +39,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["FASTMATH", "HAS_NUMBA", "HEAD", "Kernel", "bind", "kernel", "launch"]
+__all__ = ["FASTMATH", "HAS_NUMBA", "HEAD", "Kernel", "bind", "kernel", "launch", "run_team", "slots_of"]
 
 HAS_NUMBA: bool = importlib.util.find_spec("numba") is not None and os.environ.get("DS_KERNELS_NUMBA", "1") != "0"
 """Whether numba is installed and not switched off by DS_KERNELS_NUMBA=0."""
@@ -124,6 +124,16 @@ def bind(function: Kernel, *args: Tensor | int | float, items: int, grain: int =
         _run(function, slots, grains)
 
     return run
+
+
+def slots_of(*args: Tensor | int | float) -> Any:
+    """The slots of a kernel that runs by `run_team`: a ctypes array, whose items from HEAD on may be set again."""
+    return _pack(args, 0, 1)
+
+
+def run_team(function: Kernel, slots: Any) -> None:
+    """Run a kernel once on each of `torch.get_num_threads()` threads at the same time (see `team`)."""
+    _run(function, slots, torch.get_num_threads())
 
 
 def _pack(args: tuple[Tensor | int | float, ...], items: int, grain: int) -> Any:

@@ -18,13 +18,14 @@ from llvmlite import ir
 from numba import njit, types
 from numba.extending import intrinsic
 
-__all__ = ["exp", "mix", "normal_cdf", "normal_pdf", "ratio", "sigmoid"]
+__all__ = ["exp", "mix", "normal_cdf", "normal_pdf", "ratio", "sigmoid", "tanh"]
 
 _LOG2_E = np.float32(1.4426950408889634)
 _LN_2 = np.float32(0.6931471805599453)
 _TOP = np.float32(88.3762)
 _BOTTOM = np.float32(-87.3365)
 _INFINITY = np.float32(np.inf)
+_STEEP = np.float32(7.90531110763549805)
 _SQRT_HALF = np.float32(0.7071067811865476)
 _FAR = np.float32(4.0)
 _PEAK = np.float32(0.3989422804014327)
@@ -106,6 +107,24 @@ def exp(x):
 def sigmoid(x):
     """1 / (1 + e^-x)."""
     return ratio(np.float32(1.0), np.float32(np.float32(1.0) + exp(np.float32(-x))))
+
+
+@njit(inline="always")
+def tanh(x):
+    """(e^x - e^-x) / (e^x + e^-x), by the rational approximation that Eigen uses."""
+    low = -_STEEP if x < -_STEEP else x
+    near = _STEEP if low > _STEEP else low
+    s = np.float32(near * near)
+    p = _fma(np.float32(-2.76076847742355e-16), s, np.float32(2.00018790482477e-13))
+    p = _fma(p, s, np.float32(-8.60467152213735e-11))
+    p = _fma(p, s, np.float32(5.12229709037114e-08))
+    p = _fma(p, s, np.float32(1.48572235717979e-05))
+    p = _fma(p, s, np.float32(6.37261928875436e-04))
+    p = _fma(p, s, np.float32(4.89352455891786e-03))
+    q = _fma(np.float32(1.19825839466702e-06), s, np.float32(1.18534705686654e-04))
+    q = _fma(q, s, np.float32(2.26843463243900e-03))
+    q = _fma(q, s, np.float32(4.89352518554385e-03))
+    return ratio(np.float32(near * p), q)
 
 
 @njit(inline="always")

@@ -30,7 +30,7 @@ from ds_kernels._cpu.launch import FASTMATH, Kernel, kernel
 from ds_kernels.ops.linear.packing import copy_line, digits, largest_bits, round_lanes
 from ds_kernels.ops.linear.vector import LANES, panel_dot, rows_dot
 
-__all__ = ["BF16_ROWS", "QUANTISED", "pack_blocks"]
+__all__ = ["BF16_ROWS", "QUANTISED", "pack_blocks", "pack_row"]
 
 BF16 = 1
 AHEAD = 8192
@@ -38,7 +38,7 @@ AHEAD = 8192
 
 
 @njit(cache=True, fastmath=FASTMATH)
-def _pack_row(values, depth, group, block, row, planes, middle, words, ints, floats, amounts):
+def pack_row(values, depth, group, block, row, planes, middle, words, ints, floats, amounts):
     """Quantise one row of a block; see the module's text for the layout. values and words are addresses."""
     facts, step = block * (planes + 2), 4 * block * planes
     limit = np.float64(127.0 if planes == 1 else 32639.0 if planes == 2 else 32639.0 * 256)
@@ -75,7 +75,7 @@ def _pack_block(a, first, rows, block, planes, middle, columns, depth, group, co
             load(a, 3, code, (first + row) * columns, columns, values)
         else:
             values[:] = np.float32(0.0)
-        _pack_row(values.ctypes.data, depth, group, block, row, planes, middle, words, ints, floats, amounts)
+        pack_row(values.ctypes.data, depth, group, block, row, planes, middle, words, ints, floats, amounts)
     values[0], amounts[0] = np.float32(0.0), np.int32(0)  # numba frees an array after its last use by name
 
 

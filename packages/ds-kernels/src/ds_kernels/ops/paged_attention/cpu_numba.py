@@ -33,7 +33,10 @@ from ds_kernels._cpu.launch import FASTMATH, kernel
 from ds_kernels._cpu.rows import AHEAD, KEYS, dots, dots_bf16_pairs, gather, prefetch
 from ds_kernels._cpu.tiles import HAS_BF16_DOT, column_exp, column_max
 
-__all__ = ["SPLIT", "decode", "merge", "write"]
+__all__ = [
+    "SPLIT", "decode", "dots_bf16", "dots_f32", "dots_fp16", "gather_bf16", "gather_f32", "gather_fp16", "merge",
+    "write",
+]  # fmt: skip
 
 SPLIT = 256
 """Keys of an item."""
@@ -69,8 +72,8 @@ def _products(one, two, three, four):
     return products
 
 
-_dots_f32, _dots_bf16, _dots_fp16 = (_products(*(dots[code, i] for i in (1, 2, 3, 4))) for code in (0, 1, 2))
-_dots_pairs = _products(*(dots_bf16_pairs[i] for i in (1, 2, 3, 4))) if HAS_BF16_DOT else _dots_bf16
+dots_f32, dots_bf16, dots_fp16 = (_products(*(dots[code, i] for i in (1, 2, 3, 4))) for code in (0, 1, 2))
+_dots_pairs = _products(*(dots_bf16_pairs[i] for i in (1, 2, 3, 4))) if HAS_BF16_DOT else dots_bf16
 
 
 def _chooser(one4, two4, three4, four4, one1, two1, three1, four1):
@@ -99,9 +102,9 @@ def _chooser(one4, two4, three4, four4, one1, two1, three1, four1):
     return choose
 
 
-_gather_f32 = _chooser(_f14, _f24, _f34, _f44, _f11, _f21, _f31, _f41)
-_gather_bf16 = _chooser(_b14, _b24, _b34, _b44, _b11, _b21, _b31, _b41)
-_gather_fp16 = _chooser(_h14, _h24, _h34, _h44, _h11, _h21, _h31, _h41)
+gather_f32 = _chooser(_f14, _f24, _f34, _f44, _f11, _f21, _f31, _f41)
+gather_bf16 = _chooser(_b14, _b24, _b34, _b44, _b11, _b21, _b31, _b41)
+gather_fp16 = _chooser(_h14, _h24, _h34, _h44, _h11, _h21, _h31, _h41)
 
 
 @njit(inline="always")
@@ -146,11 +149,11 @@ def _scores(code, pairs, s, query, heads, group, keys, k_at, head_bytes, dim):
                 if pairs:
                     _dots_pairs(height, count, out, 4 * SPLIT, row, query_row, table, skip, dim)
                 elif code == BF16:
-                    _dots_bf16(height, count, out, 4 * SPLIT, row, query_row, table, skip, dim)
+                    dots_bf16(height, count, out, 4 * SPLIT, row, query_row, table, skip, dim)
                 elif code == FP16:
-                    _dots_fp16(height, count, out, 4 * SPLIT, row, query_row, table, skip, dim)
+                    dots_fp16(height, count, out, 4 * SPLIT, row, query_row, table, skip, dim)
                 else:
-                    _dots_f32(height, count, out, 4 * SPLIT, row, query_row, table, skip, dim)
+                    dots_f32(height, count, out, 4 * SPLIT, row, query_row, table, skip, dim)
 
 
 @njit(inline="never", fastmath=FASTMATH)
@@ -166,11 +169,11 @@ def _outputs(code, o, s, heads, group, keys, v_at, head_bytes, dim):
                 while first < dim:
                     size = 4 if dim - first >= 64 else 1
                     if code == BF16:
-                        _gather_bf16(height, size, out, dim, weights, SPLIT, addresses, skip, count, first)
+                        gather_bf16(height, size, out, dim, weights, SPLIT, addresses, skip, count, first)
                     elif code == FP16:
-                        _gather_fp16(height, size, out, dim, weights, SPLIT, addresses, skip, count, first)
+                        gather_fp16(height, size, out, dim, weights, SPLIT, addresses, skip, count, first)
                     else:
-                        _gather_f32(height, size, out, dim, weights, SPLIT, addresses, skip, count, first)
+                        gather_f32(height, size, out, dim, weights, SPLIT, addresses, skip, count, first)
                     first += 16 * size
 
 

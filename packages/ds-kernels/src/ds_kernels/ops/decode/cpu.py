@@ -1,0 +1,261 @@
+"""A decoder bound for the numba program: its tables of words, its buffers, its call."""
+
+from __future__ import annotations
+
+import importlib
+import struct
+from collections.abc import Iterable, Sequence
+
+import torch
+from torch import Tensor
+
+from ds_kernels._checks import require
+from ds_kernels._cpu.dtypes import CODES
+from ds_kernels._cpu.launch import HAS_NUMBA, run_team, slots_of
+from ds_kernels.errors import KernelArgumentError
+from ds_kernels.ops.decode import layout as at
+from ds_kernels.ops.decode.model import DecodeLayer, DecodeModel, Norm, Projection
+from ds_kernels.ops.decode.reference import scale_of
+from ds_kernels.ops.linear.weight import QuantizedWeight
+
+__all__ = ["Program", "why_not"]
+
+GRAIN_NBYTES = 1 << 14
+"""Bytes of weights of an item, about."""
+SYNC_NBYTES = 64
+ERRORS = {
+    1: "tokens has one outside the vocabulary",
+    2: "positions has one below 0 or beyond the tables of positions",
+    3: "slots has one outside the caches",
+    4: "context_lens has one below 0 or beyond its block table",
+    5: "block_tables names a block outside the caches",
+}
+
+
+class Program:
+    """A decoder over fixed weights and caches; called with up to max_rows tokens. Not reentrant."""
+
+    def __init__(
+        self, model: DecodeModel, k_caches: Sequence[Tensor], v_caches: Sequence[Tensor], max_rows: int,
+        activation_bits: int | None,
+    ) -> None:  # fmt: skip
+        reason = why_not(model, k_caches, v_caches)
+        require(reason is None, f"bind_decode: {reason}")
+        from ds_kernels._cpu.team import LINE, SETS, addresses
+
+        self.model, self.rows = model, max_rows
+        self._alive: tuple[object, ...] = (model, tuple(k_caches), tuple(v_caches))
+        planes = 1 if activation_bits == 8 else 2
+        layers = [_layer(*each) for each in zip(model.layers, k_caches, v_caches, strict=True)]
+        words = [word for layer in layers for word in layer]
+        words += [*_norm(model.final_norm), *_projection(model.head)]
+        self._table = torch.tensor(words, dtype=torch.int64)
+        hidden, heads, kv_heads, dim = model.final_norm.weight.shape[0], model.heads, model.kv_heads, model.head_dim
+        down, up = model.layers[0].down.weight, model.layers[0].up.weight
+        inner, vocabulary = down.shape[1], model.head.weight.shape[0]
+        self._logits = torch.empty(max_rows, vocabulary)
+        self._shared = [
+            torch.empty(max_rows * width)
+            for width in ((heads + 2 * kv_heads) * dim, heads * at.MAX_SPLITS * (dim + 2), hidden, up.shape[0])
+        ]
+        cache = k_caches[0]
+        span = at.SPAN * -(-cache.shape[0] * cache.shape[2] // (at.SPAN * at.MAX_SPLITS))
+        own = _Own(model, max_rows, planes, span)
+        self._own_nbytes, self._threads = own.nbytes, 0
+        self._line, self._sets = LINE, SETS
+        learned = model.positions
+        table = _projection(Projection(model.embedding))
+        first = self._table.data_ptr()
+        num = len(layers)
+        self._slots = slots_of(
+            0, 0, 0, 0, 0, self._logits, 0, 0, self._table, num, first + 8 * at.LAYER * num,
+            first + 8 * (at.LAYER * num + at.NORM), table[at.WEIGHT], table[at.KIND], table[at.SCALE], table[at.CENTRE],
+            table[at.GROUP], table[at.OUTPUTS], scale_of(model), 0 if learned is None else learned,
+            0 if learned is None else CODES[learned.dtype], 0 if learned is None else learned.shape[0],
+            model.position_offset, hidden, heads, kv_heads, dim, inner, at.ACTIVATIONS[model.activation],
+            int(model.gated), float(dim**-0.5 if model.attention_scale is None else model.attention_scale),
+            float(model.attention_softcap or 0.0), float(model.logit_softcap or 0.0), CODES[cache.dtype],
+            cache.shape[2], cache.shape[0], _max_position(model), planes, span, 0, 0, own.nbytes, *self._shared,
+            own.block_nbytes, own.prepared, own.values, own.item_out, own.item_width, own.attention, *addresses(), 0,
+        )  # fmt: skip
+
+    def __call__(
+        self, tokens: Tensor, positions: Tensor, slots: Tensor, block_tables: Tensor, context_lens: Tensor
+    ) -> Tensor:
+        """Logits fp32 [B, vocabulary] of one new token for each of B sequences: a buffer that the next call reuses.
+
+        Raises:
+            KernelArgumentError: more rows than it was bound for, or an index that is out of range: nothing is written.
+        """
+        rows = tokens.shape[0]
+        if not 0 < rows <= self.rows:
+            raise KernelArgumentError(f"decode: {rows} rows; this program was bound for 1 to {self.rows}")
+        require(
+            positions.shape == slots.shape == context_lens.shape == tokens.shape == block_tables.shape[:1],
+            f"decode: shapes are {tuple(positions.shape)}, {tuple(slots.shape)}, {tuple(block_tables.shape)}, "
+            f"{tuple(context_lens.shape)}; expected {rows} rows in each, as in tokens",
+        )
+        longs = [part.to(torch.int64).contiguous() for part in (tokens, positions, slots)]
+        ints = [part.to(torch.int32).contiguous() for part in (block_tables, context_lens)]
+        if self._threads < torch.get_num_threads():
+            self._make_room()
+        words = self._slots
+        self._sync.zero_()
+        words[at.TOKENS], words[at.POSITIONS], words[at.SLOTS] = (part.data_ptr() for part in longs)
+        words[at.TABLES], words[at.LENGTHS] = (part.data_ptr() for part in ints)
+        words[at.ROWS], words[at.PAGES_WIDTH], words[at.ERROR] = rows, block_tables.shape[1], 0
+        run_team(importlib.import_module("ds_kernels.ops.decode.cpu_numba").DECODE, words)
+        if words[at.ERROR]:
+            raise KernelArgumentError(f"decode: {ERRORS[words[at.ERROR]]}")
+        return self._logits[:rows]
+
+    def _make_room(self) -> None:
+        """Scratch and counters for as many threads as torch has now."""
+        self._threads = torch.get_num_threads()
+        self._own = torch.zeros(self._own_nbytes * self._threads + 64, dtype=torch.uint8)
+        self._sync = torch.zeros((self._line * (1 + self._sets * self._threads) + 64) // 8, dtype=torch.int64)
+        self._slots[at.OWN], self._slots[at.SYNC] = _aligned(self._own.data_ptr()), _aligned(self._sync.data_ptr())
+
+
+class _Own:
+    """Offsets in a thread's own memory."""
+
+    def __init__(self, model: DecodeModel, max_rows: int, planes: int, span: int) -> None:
+        block = 1 if max_rows <= 1 else 2 if max_rows <= 2 else 4 if max_rows <= 4 else 8
+        projections = [p for layer in model.layers for p in (layer.qkv, layer.output, layer.up, layer.down)]
+        projections.append(model.head)
+        widest = max(_chunks(p.weight.shape[1]) for p in projections)
+        hidden, dim, group = _chunks(model.head.weight.shape[1]), model.head_dim, model.heads // model.kv_heads
+        self.block_nbytes = _aligned(max(_packed_nbytes(p.weight, planes) for p in projections) * block)
+        self.item_width = _aligned(4 * (max(_per_item(p.weight) for p in projections) + 16))
+        self.prepared = _aligned(4 * max_rows * hidden)
+        self.values = self.prepared + -(-max_rows // block) * self.block_nbytes
+        self.item_out = self.values + _aligned(12 * widest + 256)
+        self.attention = self.item_out + 9 * self.item_width + 64 * 8
+        tables = 16 * (span + 16 + 16)
+        attention = 8 * (group * dim + 16) + 4 * group * (span + 16) + tables + 64 * (dim + 32)
+        self.nbytes = _aligned(self.attention + attention) + 128
+
+
+def _aligned(nbytes: int) -> int:
+    return -(-nbytes // 64) * 64
+
+
+def _chunks(columns: int) -> int:
+    return -(-columns // 32) * 32
+
+
+def _packed_nbytes(weight: Tensor | QuantizedWeight, planes: int) -> int:
+    """Of one activation row."""
+    if isinstance(weight, Tensor):
+        return 4 * _chunks(weight.shape[1])
+    return weight.depth * planes + 4 * (planes + 2) * -(-weight.depth // weight.group_size)
+
+
+def _per_item(weight: Tensor | QuantizedWeight) -> int:
+    """Rows of an item: whole panels of some GRAIN_NBYTES."""
+    outputs, columns = weight.shape
+    row = columns * weight.element_size() if isinstance(weight, Tensor) else columns * weight.bits // 8
+    return 16 * max(1, min(GRAIN_NBYTES // (16 * max(1, row)), -(-outputs // 16)))
+
+
+def _bits(value: float) -> int:
+    word: int = struct.unpack("q", struct.pack("d", value))[0]
+    return word
+
+
+def _projection(p: Projection) -> list[int]:
+    weight, bias = p.weight, p.bias
+    plus = [0, 0] if bias is None else [bias.data_ptr(), CODES[bias.dtype]]
+    outputs, columns = weight.shape
+    if isinstance(weight, Tensor):
+        return [weight.data_ptr(), 0, 0, *plus, CODES[weight.dtype], outputs, columns, 0, 0, _per_item(weight)]
+    centre = 0 if weight.centre is None else weight.centre.data_ptr()
+    record = [weight.codes.data_ptr(), weight.scale.data_ptr(), centre, *plus, weight.bits, outputs, columns]
+    return [*record, weight.depth, weight.group_size, _per_item(weight)]
+
+
+def _norm(norm: Norm | None) -> list[int]:
+    if norm is None:
+        return [0] * at.NORM
+    bias = [0, 0] if norm.bias is None else [norm.bias.data_ptr(), CODES[norm.bias.dtype]]
+    kind = at.RMS if norm.kind == "rms" else at.LAYER_NORM
+    return [norm.weight.data_ptr(), CODES[norm.weight.dtype], *bias, kind, _bits(norm.eps), _bits(norm.offset)]
+
+
+def _layer(layer: DecodeLayer, k_cache: Tensor, v_cache: Tensor) -> list[int]:
+    rope = layer.rope
+    turn = [0, 0, 0] if rope is None else [rope.cos.data_ptr(), rope.sin.data_ptr(), rope.cos.shape[1]]
+    records = [word for p in (layer.qkv, layer.output, layer.up, layer.down) for word in _projection(p)]
+    norms = (
+        layer.attention_norm, layer.mlp_norm, layer.query_norm, layer.key_norm, layer.attention_out_norm,
+        layer.mlp_out_norm,
+    )  # fmt: skip
+    strides = [step * cache.element_size() for cache in (k_cache, v_cache) for step in cache.stride()[:3]]
+    own = [*turn, layer.window or 0, k_cache.data_ptr(), v_cache.data_ptr(), *strides]
+    return [*records, *(word for norm in norms for word in _norm(norm)), *own]
+
+
+def _max_position(model: DecodeModel) -> int:
+    limits = [layer.rope.cos.shape[0] for layer in model.layers if layer.rope is not None]
+    if model.positions is not None:
+        limits.append(model.positions.shape[0] - model.position_offset)
+    return min(limits, default=1 << 62)
+
+
+def why_not(model: DecodeModel, k_caches: Sequence[Tensor], v_caches: Sequence[Tensor]) -> str | None:
+    """Why this decoder cannot run as one program; None: it can."""
+    if not HAS_NUMBA:
+        return "numba is not installed (pip install 'ds-kernels[cpu]'), or switched off by DS_KERNELS_NUMBA=0"
+    for what, tensor in _tensors(model, k_caches, v_caches):
+        if tensor.device.type != "cpu":
+            return f"{what} is on {tensor.device}; a program runs on the CPU"
+        if tensor.dtype not in CODES and tensor.dtype != torch.uint8:
+            return f"{what} is of {tensor.dtype}; expected fp32, bf16 or fp16"
+        if not tensor.is_contiguous() and "cache" not in what:
+            return f"{what} has strides {tensor.stride()}; expected a contiguous tensor"
+    first = k_caches[0]
+    for cache in (*k_caches, *v_caches):
+        if cache.shape != first.shape or cache.dtype != first.dtype or (cache.stride(-1) != 1 and cache.shape[-1] > 1):
+            return (
+                f"a cache is {cache.dtype} {tuple(cache.shape)} with strides {cache.stride()}; expected all alike, "
+                "the last dimension contiguous"
+            )
+    return None
+
+
+def _tensors(
+    model: DecodeModel, k_caches: Iterable[Tensor], v_caches: Iterable[Tensor]
+) -> Iterable[tuple[str, Tensor]]:
+    """Everything that the program reads, by what it is."""
+    yield from _weights("embedding", model.embedding)
+    yield from (("a cache", cache) for caches in (k_caches, v_caches) for cache in caches)
+    yield from _projected("head", model.head)
+    if model.positions is not None:
+        yield "positions", model.positions
+    yield from _normed("final_norm", model.final_norm)
+    for number, layer in enumerate(model.layers):
+        for name in ("qkv", "output", "up", "down"):
+            yield from _projected(f"layer {number}: {name}", getattr(layer, name))
+        for name in ("attention_norm", "mlp_norm", "query_norm", "key_norm", "attention_out_norm", "mlp_out_norm"):
+            yield from _normed(f"layer {number}: {name}", getattr(layer, name))
+
+
+def _weights(what: str, weight: Tensor | QuantizedWeight) -> Iterable[tuple[str, Tensor]]:
+    if isinstance(weight, Tensor):
+        yield what, weight
+    else:
+        yield from ((what, part) for part in (weight.codes, weight.scale, weight.centre) if part is not None)
+
+
+def _projected(what: str, p: Projection) -> Iterable[tuple[str, Tensor]]:
+    yield from _weights(what, p.weight)
+    if p.bias is not None:
+        yield f"{what}'s bias", p.bias
+
+
+def _normed(what: str, norm: Norm | None) -> Iterable[tuple[str, Tensor]]:
+    if norm is not None:
+        yield what, norm.weight
+        if norm.bias is not None:
+            yield f"{what}'s bias", norm.bias
