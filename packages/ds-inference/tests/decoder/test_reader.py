@@ -134,7 +134,7 @@ def without_layers(model: Any) -> None:
         (replaced, r"layers\.0\.mlp\.down_proj is a Doubled; expected a torch Linear"),
         (hooked, r"layers\.2\.self_attn\.q_proj has a forward hook"),
         (without_norm, r"model\.norm is a LayerNorm; expected an RMS norm"),
-        (one_bias, r"q_proj, .*k_proj, .*v_proj: some of these layers have a bias"),
+        (one_bias, r"q_proj, .*k_proj, .*v_proj have a bias only in part"),
         (another_dtype, r"layer 0: up is torch\.bfloat16 .*expected torch\.float32"),
         (on_meta, "is on the meta device; load"),
         (without_layers, "has no module 'layers'"),

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from ds_comm import Communicator
 from ds_inference.decoder.batch import Batch
 from ds_inference.decoder.cache import KVCache
-from ds_inference.decoder.forward import forward
+from ds_inference.decoder.forward import Forward
+from ds_inference.decoder.parallel import Parallel
 from ds_kernels.ops.decode.model import DecodeModel
 
 __all__ = ["Decoder"]
@@ -24,31 +26,47 @@ class Decoder:
         max_positions: the longest sequence, prompt and answer; None: no limit.
         dtype, device: of the weights (of what is computed with, when they are quantised).
         communicator: the tensor-parallel group's; None: one rank has it all.
+        activation_bits: of what goes into quantised layers; None: as it is.
     """
 
     def __init__(
-        self, model: DecodeModel, config: Any, max_positions: int | None, moved: Sequence[Sequence[nn.Parameter]]
+        self,
+        model: DecodeModel,
+        *,
+        config: Any = None,
+        max_positions: int | None = None,
+        parallel: Parallel | None = None,
+        activation_bits: int | None = None,
+        restore: Sequence[Callable[[], None]] = (),
     ) -> None:
-        self._model: DecodeModel | None = model
-        self._moved = list(moved)
+        self._forward: Forward | None = Forward(model, parallel, activation_bits)
+        self._restore = list(restore)
         self.config = config
         self.max_positions = max_positions
         weight = model.embedding
         assert isinstance(weight, Tensor)
         self.dtype: torch.dtype = weight.dtype
         self.device: torch.device = weight.device
-        self.communicator: Any = None
+        self.communicator: Communicator | None = None if parallel is None else parallel.communicator
+        self.activation_bits = activation_bits
 
     @property
     def model(self) -> DecodeModel:
         """The decoder as data; RuntimeError after `revert`."""
-        if self._model is None:
+        return self._computed.model
+
+    @property
+    def _computed(self) -> Forward:
+        if self._forward is None:
             raise RuntimeError("this decoder was reverted; read the model again with read_decoder")
-        return self._model
+        return self._forward
 
     @property
     def vocab_size(self) -> int:
-        """Tokens that logits are computed for."""
+        """Tokens that logits are computed for, on all ranks together."""
+        parallel = self._computed.parallel
+        if parallel is not None and parallel.head_sizes is not None:
+            return sum(parallel.head_sizes)
         return self.model.head.weight.shape[0]
 
     @torch.no_grad()
@@ -62,14 +80,14 @@ class Decoder:
         Returns:
             fp32 logits [n, vocabulary] of the tokens of `batch.logits_at`, or [T, vocabulary] of all.
         """
-        return forward(self.model, batch, cache.k, cache.v)
+        return self._computed(batch, cache.k, cache.v)
 
     def revert(self) -> None:
-        """Give the model's parameters their own, separate storage back, to the bit; this decoder ends."""
-        if self._model is None:
-            return
-        self._model = None  # else every fused weight would live until the last parameter has moved
-        for group in self._moved:
-            for parameter in group:
-                parameter.data = parameter.data.clone(memory_format=torch.contiguous_format)
-        self._moved.clear()
+        """Give the model's parameters their own, separate storage back, to the bit; this decoder ends.
+
+        Layers that were quantised stay so: their codes are what is given back.
+        """
+        self._forward = None  # else every fused weight would live until the last parameter has moved
+        for restore in self._restore:
+            restore()
+        self._restore.clear()

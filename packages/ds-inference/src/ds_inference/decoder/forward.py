@@ -8,6 +8,7 @@ a matrix product of another size adds up).
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 
 import torch
@@ -15,93 +16,121 @@ from torch import Tensor
 
 from ds_inference.decoder.attention import softcapped_attention
 from ds_inference.decoder.batch import Batch
-from ds_kernels import geglu, layer_norm, linear, paged_attention, rms_norm, rope, swiglu, write_kv
-from ds_kernels.ops.decode.model import Activation, DecodeLayer, DecodeModel, Norm, RopeTable
+from ds_inference.decoder.parallel import Parallel
+from ds_kernels import QuantizedWeight, geglu, layer_norm, linear, paged_attention, rms_norm, rope, swiglu, write_kv
+from ds_kernels.ops.decode.model import Activation, DecodeLayer, DecodeModel, Norm, Projection
 
-__all__ = ["forward"]
+__all__ = ["Forward"]
 
-
-def forward(model: DecodeModel, batch: Batch, k_caches: Sequence[Tensor], v_caches: Sequence[Tensor]) -> Tensor:
-    """fp32 logits [n, vocabulary]; as `Decoder.forward`."""
-    x = _embed(model, batch)
-    angles = {id(layer.rope): _angles(layer.rope, batch.positions) for layer in model.layers if layer.rope is not None}
-    for layer, k_cache, v_cache in zip(model.layers, k_caches, v_caches, strict=True):
-        turn = None if layer.rope is None else angles[id(layer.rope)]
-        x = _layer(model, layer, x, batch, turn, k_cache, v_cache)
-    if batch.logits_at is not None:
-        x = x[batch.logits_at]
-    logits = linear(_norm(model.final_norm, x), model.head.weight, model.head.bias).float()
-    if model.logit_softcap is not None:
-        logits = logits.div_(model.logit_softcap).tanh_().mul_(model.logit_softcap)
-    return logits
+_Angles = tuple[Tensor, Tensor]
 
 
-def _embed(model: DecodeModel, batch: Batch) -> Tensor:
-    assert isinstance(model.embedding, Tensor)
-    x = torch.nn.functional.embedding(batch.tokens, model.embedding)
-    if model.embedding_scale != 1.0:
-        x = x * torch.tensor(model.embedding_scale, dtype=x.dtype, device=x.device)
-    if model.positions is not None:
-        x = x + torch.nn.functional.embedding(batch.positions + model.position_offset, model.positions)
-    return x
+@dataclasses.dataclass(frozen=True)
+class Forward:
+    """The pass over one model; `parallel` on a tensor-parallel rank, `activation_bits` of quantised layers' inputs."""
+
+    model: DecodeModel
+    parallel: Parallel | None = None
+    activation_bits: int | None = None
+
+    def __call__(self, batch: Batch, k_caches: Sequence[Tensor], v_caches: Sequence[Tensor]) -> Tensor:
+        """fp32 logits [n, vocabulary]; as `Decoder.forward`."""
+        model = self.model
+        if batch.cu_seqlens is None:
+            starts = torch.arange(len(batch.tokens) + 1, dtype=torch.int32, device=batch.tokens.device)
+            batch = dataclasses.replace(batch, cu_seqlens=starts)
+        x = self._embed(batch)
+        tables = {id(layer.rope): layer.rope for layer in model.layers if layer.rope is not None}
+        angles = {key: (table.cos[batch.positions], table.sin[batch.positions]) for key, table in tables.items()}
+        for layer, k_cache, v_cache in zip(model.layers, k_caches, v_caches, strict=True):
+            x = self._layer(layer, x, batch, angles.get(id(layer.rope)), k_cache, v_cache)
+        if batch.logits_at is not None:
+            x = x[batch.logits_at]
+        logits = self._project(model.head, _norm(model.final_norm, x))
+        logits = (logits if self.parallel is None else self.parallel.logits(logits)).float()
+        if model.logit_softcap is not None:
+            logits = logits.div_(model.logit_softcap).tanh_().mul_(model.logit_softcap)
+        return logits
+
+    def _embed(self, batch: Batch) -> Tensor:
+        model, table = self.model, self.model.embedding
+        assert isinstance(table, Tensor)
+        if self.parallel is None:
+            x = torch.nn.functional.embedding(batch.tokens, table)
+        else:
+            x = self.parallel.embed(batch.tokens, table)
+        if model.embedding_scale != 1.0:
+            x = x * torch.tensor(model.embedding_scale, dtype=x.dtype, device=x.device)
+        if model.positions is not None:
+            x = x + torch.nn.functional.embedding(batch.positions + model.position_offset, model.positions)
+        return x
+
+    def _layer(
+        self, layer: DecodeLayer, x: Tensor, batch: Batch, angles: _Angles | None, k_cache: Tensor, v_cache: Tensor
+    ) -> Tensor:
+        h = _norm(layer.attention_norm, x)
+        a = self._project(layer.output, self._attention(layer, h, batch, angles, k_cache, v_cache))
+        if layer.attention_out_norm is not None:
+            a = _norm(layer.attention_out_norm, a)
+        if layer.mlp_norm is None:
+            x = x + a
+        else:
+            h, x = _add_norm(layer.mlp_norm, a, x)
+        m = self._project(layer.down, self._features(layer, h))
+        if layer.mlp_out_norm is not None:
+            m = _norm(layer.mlp_out_norm, m)
+        return x + m
+
+    def _attention(
+        self, layer: DecodeLayer, h: Tensor, batch: Batch, angles: _Angles | None, k_cache: Tensor, v_cache: Tensor
+    ) -> Tensor:
+        """[T, heads * head_dim]."""
+        model = self.model
+        heads, kv_heads = model.heads, model.kv_heads
+        fused = self._project(layer.qkv, h).view(len(h), heads + 2 * kv_heads, model.head_dim)
+        if layer.query_norm is not None and layer.key_norm is not None:
+            q, k, v = fused.split((heads, kv_heads, kv_heads), 1)
+            q, k = _norm(layer.query_norm, q), _norm(layer.key_norm, k)
+            if angles is not None:
+                q, k = (x.squeeze(0).transpose(0, 1) for x in rope(_by_head(q), _by_head(k), *angles))
+        else:
+            both, v = fused.split((heads + kv_heads, kv_heads), 1)
+            if angles is not None:  # queries and keys are turned together, "keys" of no heads being nothing to do
+                both = rope(_by_head(both), _by_head(both[:, :0]), *angles)[0].squeeze(0).transpose(0, 1)
+            q, k = both.split((heads, kv_heads), 1)
+        write_kv(k, v, k_cache, v_cache, batch.slots)
+        if model.attention_softcap is not None:
+            return softcapped_attention(model, layer, q, k_cache, v_cache, batch).flatten(1)
+        return paged_attention(
+            q, k_cache, v_cache, batch.block_tables, batch.context_lens, cu_seqlens_q=batch.cu_seqlens,
+            max_seqlen_q=batch.max_seqlen, scale=model.attention_scale, window=layer.window,
+        ).flatten(1)  # fmt: skip
+
+    def _features(self, layer: DecodeLayer, h: Tensor) -> Tensor:
+        """[T, intermediate]: what the MLP's last projection reads."""
+        kind = self.model.activation
+        up = self._project(layer.up, h)
+        if not self.model.gated:
+            return _activate(kind, up)
+        gate, up = up.chunk(2, -1)
+        if kind == "silu":
+            return swiglu(gate, up)
+        if kind == "relu":
+            return gate.relu() * up
+        return geglu(gate, up, "tanh" if kind == "gelu_tanh" else "none")
+
+    def _project(self, projection: Projection, x: Tensor) -> Tensor:
+        weight, bias = projection.weight, projection.bias
+        bits = self.activation_bits if isinstance(weight, QuantizedWeight) else None
+        if self.parallel is None or id(projection) not in self.parallel.summed:
+            return linear(x, weight, bias, activation_bits=bits)
+        total = self.parallel.sum(linear(x, weight, activation_bits=bits), "projection")
+        return total if bias is None else total + bias
 
 
-def _angles(table: RopeTable, positions: Tensor) -> tuple[Tensor, Tensor]:
-    return table.cos[positions], table.sin[positions]
-
-
-def _layer(
-    model: DecodeModel, layer: DecodeLayer, x: Tensor, batch: Batch, turn: tuple[Tensor, Tensor] | None,
-    k_cache: Tensor, v_cache: Tensor,
-) -> Tensor:  # fmt: skip
-    h = _norm(layer.attention_norm, x)
-    found = _attention(model, layer, h, batch, turn, k_cache, v_cache)
-    a = linear(found, layer.output.weight, layer.output.bias)
-    if layer.attention_out_norm is not None:
-        a = _norm(layer.attention_out_norm, a)
-    if layer.mlp_norm is None:
-        x = x + a
-    else:
-        h, x = _add_norm(layer.mlp_norm, a, x)
-    m = linear(_mlp(model, layer, h), layer.down.weight, layer.down.bias)
-    if layer.mlp_out_norm is not None:
-        m = _norm(layer.mlp_out_norm, m)
-    return x + m
-
-
-def _attention(
-    model: DecodeModel, layer: DecodeLayer, h: Tensor, batch: Batch, turn: tuple[Tensor, Tensor] | None,
-    k_cache: Tensor, v_cache: Tensor,
-) -> Tensor:  # fmt: skip
-    """[T, heads * head_dim]."""
-    heads, kv_heads = model.heads, model.kv_heads
-    fused = linear(h, layer.qkv.weight, layer.qkv.bias).view(len(h), heads + 2 * kv_heads, model.head_dim)
-    q, k, v = fused.split((heads, kv_heads, kv_heads), 1)
-    if layer.query_norm is not None and layer.key_norm is not None:
-        q, k = _norm(layer.query_norm, q), _norm(layer.key_norm, k)
-    if turn is not None:
-        turned = rope(q.transpose(0, 1)[None], k.transpose(0, 1)[None], *turn)
-        q, k = (part[0].transpose(0, 1) for part in turned)
-    write_kv(k, v, k_cache, v_cache, batch.slots)
-    if model.attention_softcap is not None:
-        return softcapped_attention(model, layer, q, k_cache, v_cache, batch).flatten(1)
-    return paged_attention(
-        q, k_cache, v_cache, batch.block_tables, batch.context_lens, cu_seqlens_q=batch.cu_seqlens,
-        max_seqlen_q=batch.max_seqlen, scale=model.attention_scale, window=layer.window,
-    ).flatten(1)  # fmt: skip
-
-
-def _mlp(model: DecodeModel, layer: DecodeLayer, h: Tensor) -> Tensor:
-    """[T, intermediate]."""
-    up = linear(h, layer.up.weight, layer.up.bias)
-    if not model.gated:
-        return _activate(model.activation, up)
-    gate, up = up.chunk(2, -1)
-    if model.activation == "silu":
-        return swiglu(gate, up)
-    if model.activation == "relu":
-        return gate.relu() * up
-    return geglu(gate, up, "tanh" if model.activation == "gelu_tanh" else "none")
+def _by_head(x: Tensor) -> Tensor:
+    """[1, heads, T, head_dim] of [T, heads, head_dim]."""
+    return x.transpose(0, 1).unsqueeze(0)
 
 
 def _activate(kind: Activation, x: Tensor) -> Tensor:

@@ -16,6 +16,7 @@ from ds_inference.decoder.families import FAMILIES, Family, family_of
 from ds_inference.decoder.rope import rope_tables
 from ds_inference.decoder.weights import WeightReader, dtype_of, inputs_of, outputs_of
 from ds_inference.errors import ModelError
+from ds_inference.quantization import QuantizationSpec
 from ds_kernels.ops.decode.model import Activation, DecodeLayer, DecodeModel, RopeTable
 
 __all__ = ["read_decoder"]
@@ -32,14 +33,17 @@ _ACTIVATIONS: dict[str, Activation] = {
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
-def read_decoder(model: nn.Module) -> Decoder:
+def read_decoder(model: nn.Module, quantization: QuantizationSpec | None = None) -> Decoder:
     """Read a model of transformers.
 
     Its weights are used where they are, or become views of fused ones: values, names and gradients of the model's
     parameters stay as they are, `Decoder.revert` undoes it. Moving or casting the model afterwards parts the two.
+    A model split over tensor-parallel ranks is read as this rank's part, by all ranks alike.
 
     Args:
         model: a causal language model (`AutoModelForCausalLM`) of a known family, all parameters on one device.
+        quantization: which linear layers are quantised on the way; they are replaced by `QuantizedLinear` in the model.
+            Layers that are quantised already are read as they are.
 
     Returns:
         Decoder.
@@ -57,7 +61,7 @@ def read_decoder(model: nn.Module) -> Decoder:
             "Leave kernel injection out for it"
         )
     _check_config(config, family)
-    dry = WeightReader(model, dry=True)
+    dry = WeightReader(model, quantization, dry=True)
     read, _ = _read(model, config, family, dry)
     if names := dry.left_over():
         more = f" and {len(names) - 1} others" if len(names) > 1 else ""
@@ -65,10 +69,17 @@ def read_decoder(model: nn.Module) -> Decoder:
             f"{names[0]}{more}: a {config.model_type} decoder has no such parameter, and its result would be missing; "
             "merge or remove what was added to the model"
         )
-    _check_sizes(read, dry, model)
-    reader = WeightReader(model, dry=False)
+    _check_sizes(read, model)
+    reader = WeightReader(model, quantization, dry=False)
     data, limit = _read(model, config, family, reader)
-    return Decoder(data, config, limit, reader.moved)
+    return Decoder(
+        data,
+        config=config,
+        max_positions=limit,
+        parallel=reader.parallel,
+        activation_bits=reader.activation_bits,
+        restore=reader.restore,
+    )
 
 
 def _read(model: nn.Module, config: Any, family: Family, reader: WeightReader) -> tuple[DecodeModel, int]:
@@ -76,7 +87,7 @@ def _read(model: nn.Module, config: Any, family: Family, reader: WeightReader) -
     trunk = _part(model, family.trunk)
     layers: list[nn.Module] = list(_part(trunk, family.layers).children())
     embedding = _part(trunk, family.embedding)
-    weight = reader.table(embedding)
+    weight = reader.embedding(embedding)
     positions, limit = None, int(config.max_position_embeddings)
     tables: list[RopeTable | None]
     if family.positions is not None:
@@ -104,7 +115,7 @@ def _read(model: nn.Module, config: Any, family: Family, reader: WeightReader) -
         attention_scale=float(scale),
         attention_softcap=config.attn_logit_softcapping if family.attention_softcap else None,
         logit_softcap=config.final_logit_softcapping if family.logit_softcap else None,
-        embedding_scale=float(getattr(embedding, "scalar_embed_scale", 1.0)),
+        embedding_scale=_scale(embedding),
         positions=positions,
         position_offset=family.position_offset,
     ), limit
@@ -168,6 +179,12 @@ def _shared(attention: list[nn.Module], key: str, reader: WeightReader) -> Any:
     return values[0]
 
 
+def _scale(embedding: nn.Module) -> float:
+    """An embedding's factor, which some classes have."""
+    scale: Any = getattr(embedding, "scalar_embed_scale", getattr(embedding, "embed_scale", None))
+    return 1.0 if scale is None else float(scale)
+
+
 def _window(config: Any, family: Family, index: int) -> int | None:
     if family.window == "none":
         return None
@@ -197,7 +214,7 @@ def _check_config(config: Any, family: Family) -> None:
             )
 
 
-def _check_sizes(model: DecodeModel, reader: WeightReader, source: nn.Module) -> None:
+def _check_sizes(model: DecodeModel, source: nn.Module) -> None:
     """Sizes that belong together do, and all weights are of one dtype and on one device."""
     places = {parameter.device for parameter in source.parameters()}
     if len(places) > 1:

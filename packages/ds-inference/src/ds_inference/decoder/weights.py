@@ -2,38 +2,95 @@
 
 Several linear layers become one *fused* weight whose rows are theirs one after the other; their parameters are then
 views of it, so that there is no second copy, and what is written to either is in both. A layer that keeps its weight as
-[inputs, outputs] (GPT-2) becomes a transposed view in the same way.
+[inputs, outputs] (GPT-2) becomes a transposed view in the same way. Layers that are to be quantised are replaced by
+quantised ones, whose codes are views of the fused codes.
 
-Everything is read twice: first *dry* (shapes and names only, nothing is changed), so that a model that does not fit is
-refused as it was; then for good. Peak memory of the second pass is one fused weight beside the model.
+Everything is read twice: first *dry* (shapes, names and values are checked, nothing is changed), so that a model that
+does not fit is refused as it was; then for good. Peak memory of the second pass is one fused weight beside the model.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Literal
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
+from ds_comm import Communicator
+from ds_inference.decoder.parallel import Parallel
+from ds_inference.decoder.quantized import join, quantized_rows, split
 from ds_inference.errors import ModelError
+from ds_inference.quantization import QuantizationSpec, QuantizedLinear, WeightFormat
+from ds_inference.tp.layers import (
+    ColumnParallelLinear,
+    RowParallelLinear,
+    VocabParallelEmbedding,
+    VocabParallelHead,
+)
 from ds_kernels import QuantizedWeight
 from ds_kernels.ops.decode.model import Norm, Projection
 
-__all__ = ["WeightReader"]
+__all__ = ["WeightReader", "dtype_of", "inputs_of", "outputs_of"]
+
+_PARALLEL = (ColumnParallelLinear, RowParallelLinear, VocabParallelHead)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Linear:
+    """One linear layer: its weight is a parameter (turned: [inputs, outputs]), or quantised."""
+
+    module: nn.Module
+    name: str
+    weight: nn.Parameter | QuantizedWeight
+    turned: bool
+    bias: nn.Parameter | None
+
+    @property
+    def outputs(self) -> int:
+        return self.weight.shape[1 if self.turned else 0]
+
+    @property
+    def dense(self) -> Tensor:
+        """[outputs, inputs] of a weight that is not quantised."""
+        assert isinstance(self.weight, Tensor)
+        return self.weight.detach().t() if self.turned else self.weight.detach()
 
 
 class WeightReader:
     """Attributes:
-    moved: the parameters that are views of fused weights now, in groups that share one.
+    restore: what gives each parameter that is a view of a fused weight its own storage back.
+    activation_bits: of the quantised layers; None: their inputs are as they are.
     """
 
-    def __init__(self, model: nn.Module, *, dry: bool) -> None:
+    def __init__(self, model: nn.Module, quantization: QuantizationSpec | None, *, dry: bool) -> None:
+        self._model = model
         self._modules = {id(module): name for name, module in model.named_modules()}
         self._parameters = {id(parameter): name for name, parameter in model.named_parameters()}
         self._taken: set[int] = set()
+        self._fused: set[int] = set()
+        self._quantization = quantization
         self._dry = dry
-        self.moved: list[list[nn.Parameter]] = []
+        self._communicator: Communicator | None = None
+        self._summed: set[int] = set()
+        self._first_token: int | None = None
+        self._head_sizes: tuple[int, ...] | None = None
+        self._formats: set[int | None] = set() if quantization is None else {quantization.activation_bits}
+        self.restore: list[Callable[[], None]] = []
+
+    @property
+    def parallel(self) -> Parallel | None:
+        """Of the tensor-parallel layers that were read; None: there were none, or one rank."""
+        if self._communicator is None or self._communicator.size == 1:
+            return None
+        return Parallel(self._communicator, frozenset(self._summed), self._first_token, self._head_sizes)
+
+    @property
+    def activation_bits(self) -> int | None:
+        if len(self._formats) > 1:
+            raise ModelError("some quantised layers quantise their inputs and some do not; expected the same of all")
+        return next(iter(self._formats), None)
 
     def name(self, module: nn.Module) -> str:
         """The module's name in the model."""
@@ -43,6 +100,14 @@ class WeightReader:
     def left_over(self) -> list[str]:
         """Names of the parameters that nothing took."""
         return [name for key, name in self._parameters.items() if key not in self._taken]
+
+    def embedding(self, module: nn.Module) -> Tensor:
+        """The weight [tokens, features] of the tokens' embedding, or of this rank's part of it."""
+        if not isinstance(module, VocabParallelEmbedding):
+            return self.table(module)
+        self._check(module, True, "")
+        self._communicator, self._first_token = module.communicator, module.first
+        return self._take(module, "weight").detach()
 
     def table(self, module: nn.Module) -> Tensor:
         """The weight of an embedding, [rows, features]."""
@@ -54,30 +119,44 @@ class WeightReader:
         fits = isinstance(module, nn.LayerNorm) if kind == "layer" else type(module).__name__.endswith("RMSNorm")
         self._check(module, fits, "a LayerNorm" if kind == "layer" else "an RMS norm")
         weight = self._take(module, "weight").detach()
-        eps = next(getattr(module, key) for key in ("variance_epsilon", "eps") if hasattr(module, key))
-        bias = self._take(module, "bias").detach() if getattr(module, "bias", None) is not None else None
-        return Norm(weight, bias, float(eps), kind, offset)
+        eps = next((getattr(module, key) for key in ("variance_epsilon", "eps") if hasattr(module, key)), None)
+        if not isinstance(eps, float):
+            raise ModelError(f"{self.name(module)} is a {type(module).__name__} with eps {eps!r}; expected a number")
+        bias = None if getattr(module, "bias", None) is None else self._take(module, "bias").detach()
+        return Norm(weight, bias, eps, kind, offset)
 
     def projection(self, modules: Sequence[nn.Module]) -> Projection:
         """Linear layers over the same input as one."""
-        weights = [self._linear(module) for module in modules]
-        biases = [getattr(module, "bias", None) for module in modules]
-        for module, bias in zip(modules, biases, strict=True):
-            if bias is not None:
-                self._take(module, "bias")
-        transposed = [_is_transposed(module) for module in modules]
-        weight = self._fused(weights, transposed)
-        if all(bias is None for bias in biases):
-            return Projection(weight)
-        if len(biases) > 1 and any(bias is None for bias in biases):
-            names = ", ".join(self.name(module) for module in modules)
-            raise ModelError(f"{names}: some of these layers have a bias and some have none; expected the same of all")
-        return Projection(weight, self._fused([bias for bias in biases if bias is not None], [False] * len(biases)))
+        parts = [self._linear(module) for module in modules]
+        kinds = {(type(module), isinstance(part.weight, Tensor)) for module, part in zip(modules, parts, strict=True)}
+        if len(kinds) > 1:
+            self._refuse(parts, "are of several kinds")
+        form = self._format(parts)
+        weight = self._quantised(parts, form) if form or not isinstance(parts[0].weight, Tensor) else self._dense(parts)
+        biases = [part.bias for part in parts if part.bias is not None]
+        if biases and len(biases) < len(parts):
+            self._refuse(parts, "have a bias only in part")
+        bias = self._joined(biases, [False] * len(biases)) if biases else None
+        projection = Projection(weight, bias)
+        first = modules[0]
+        if isinstance(first, RowParallelLinear):
+            self._summed.add(id(projection))
+        elif isinstance(first, VocabParallelHead):
+            self._head_sizes = first.sizes
+        if isinstance(first, _PARALLEL):
+            self._communicator = first.communicator
+        return projection
 
-    def _linear(self, module: nn.Module) -> nn.Parameter:
-        fits = type(module) is nn.Linear or _is_transposed(module)
-        self._check(module, fits, "a torch Linear (a layer that was replaced or wrapped cannot be read)")
-        return self._take(module, "weight")
+    def _linear(self, module: nn.Module) -> _Linear:
+        known = type(module) in (nn.Linear, QuantizedLinear, *_PARALLEL) or _is_conv1d(module)
+        self._check(module, known, "a torch Linear (a layer that was replaced or wrapped cannot be read)")
+        bias = None if getattr(module, "bias", None) is None else self._take(module, "bias")
+        name = self.name(module)
+        if isinstance(module, QuantizedLinear):
+            self._formats.add(module.activation_bits)
+            return _Linear(module, name, module.quantized, False, bias)
+        turned = _is_conv1d(module) or bool(getattr(module, "transposed", False))
+        return _Linear(module, name, self._take(module, "weight"), turned, bias)
 
     def _check(self, module: nn.Module, fits: bool, expected: str) -> None:
         name = self.name(module)
@@ -96,25 +175,113 @@ class WeightReader:
         self._taken.add(id(parameter))
         return parameter
 
-    def _fused(self, parts: Sequence[nn.Parameter], transposed: Sequence[bool]) -> Tensor:
+    def _refuse(self, parts: Sequence[_Linear], what: str) -> None:
+        raise ModelError(f"{', '.join(part.name for part in parts)} {what}; expected the same of all")
+
+    # -- dense weights
+
+    def _dense(self, parts: Sequence[_Linear]) -> Tensor:
+        weights = [part.weight for part in parts if isinstance(part.weight, Tensor)]
+        return self._joined(weights, [part.turned for part in parts])
+
+    def _joined(self, parts: Sequence[nn.Parameter], turned: Sequence[bool]) -> Tensor:
         """Parts below one another, contiguous; they become views of it unless it is one that fits as it is."""
-        first = parts[0].t() if transposed[0] else parts[0]
+        first = parts[0].t() if turned[0] else parts[0]
         if len(parts) == 1 and first.is_contiguous():
             return first.detach()
-        rows = [part.shape[1 if turned else 0] for part, turned in zip(parts, transposed, strict=True)]
+        for part in parts:
+            if id(part) in self._fused:
+                raise ModelError(f"{self._parameters[id(part)]} is shared by several layers; expected one for each")
+            self._fused.add(id(part))
+        rows = [part.shape[1 if turn else 0] for part, turn in zip(parts, turned, strict=True)]
         shape = (sum(rows), *first.shape[1:])
         if self._dry:
             return torch.empty(shape, dtype=first.dtype, device="meta")
-        fused = torch.empty(shape, dtype=first.dtype, device=first.device)
-        for part, turned, target in zip(parts, transposed, fused.split(rows), strict=True):
-            view = target.t() if turned else target
+        joined = torch.empty(shape, dtype=first.dtype, device=first.device)
+        for part, turn, target in zip(parts, turned, joined.split(rows), strict=True):
+            view = target.t() if turn else target
             view.copy_(part.detach())
             part.data = view
-        self.moved.append(list(parts))
-        return fused
+            self.restore.append(_own_data(part))
+        return joined
+
+    # -- quantised weights
+
+    def _format(self, parts: Sequence[_Linear]) -> WeightFormat | None:
+        """In which format dense parts are to be held; None: as they are."""
+        if self._quantization is None or not isinstance(parts[0].weight, Tensor):
+            return None
+        form = self._quantization.common([part.name for part in parts])
+        for part in parts if form is not None else ():
+            if isinstance(part.module, _PARALLEL):
+                raise ModelError(
+                    f"{part.name} is split over tensor-parallel ranks, where decoders hold no quantised weights; "
+                    "leave the quantisation out, or use one rank"
+                )
+            if self._dry and not all(bool(piece.isfinite().all()) for piece in part.dense.split(1024)):
+                raise ModelError(f"{part.name}.weight has infinite or NaN elements and cannot be quantised")
+        return form
+
+    def _quantised(self, parts: Sequence[_Linear], form: WeightFormat | None) -> Tensor | QuantizedWeight:
+        """The parts as one quantised weight; the layers hold views of it where their rows end with its panels."""
+        rows = [part.outputs for part in parts]
+        if self._dry:
+            first = parts[0].weight
+            shape = (sum(rows), (first if isinstance(first, QuantizedWeight) else parts[0].dense).shape[1])
+            if isinstance(first, Tensor):
+                return torch.empty(shape, dtype=first.dtype, device="meta")
+            self._check_formats(parts)
+            return dataclasses.replace(first, codes=first.codes.to("meta"), outputs=shape[0])
+        each = []
+        for part in parts:
+            if isinstance(part.weight, QuantizedWeight):
+                each.append(part.weight)
+            else:
+                assert form is not None
+                each.append(quantized_rows(part.dense, form))
+        joined = join(each)
+        views = split(joined, rows) or each
+        for part, view in zip(parts, views, strict=True):
+            self._put(part, view)
+        return joined
+
+    def _check_formats(self, parts: Sequence[_Linear]) -> None:
+        weights = [part.weight for part in parts if isinstance(part.weight, QuantizedWeight)]
+        formats = {(weight.bits, weight.group_size, weight.centre is None, weight.columns) for weight in weights}
+        if len(formats) > 1:
+            self._refuse(parts, "are quantised in several ways")
+
+    def _put(self, part: _Linear, weight: QuantizedWeight) -> None:
+        """Let the layer compute with this weight."""
+        module: Any = part.module
+        if not isinstance(module, QuantizedLinear):
+            made = QuantizedLinear(weight, part.bias, self.activation_bits)
+            made.train(module.training)
+            parent, _, child = part.name.rpartition(".")
+            setattr(self._model.get_submodule(parent), child, made)
+            module = made
+        else:
+            module.codes, module.scale = weight.codes, weight.scale.view(torch.int16)
+            module.centre = None if weight.centre is None else weight.centre.view(torch.int16)
+        self.restore.append(_own_codes(module))
 
 
-def _is_transposed(module: nn.Module) -> bool:
+def _own_data(parameter: nn.Parameter) -> Callable[[], None]:
+    def restore() -> None:
+        parameter.data = parameter.data.clone(memory_format=torch.contiguous_format)
+
+    return restore
+
+
+def _own_codes(module: QuantizedLinear) -> Callable[[], None]:
+    def restore() -> None:
+        module.codes, module.scale = module.codes.clone(), module.scale.clone()
+        module.centre = None if module.centre is None else module.centre.clone()
+
+    return restore
+
+
+def _is_conv1d(module: nn.Module) -> bool:
     """Whether this is transformers' Conv1D, whose weight is [inputs, outputs]."""
     kind = type(module)
     return kind.__name__ == "Conv1D" and kind.__module__ == "transformers.pytorch_utils"
