@@ -11,13 +11,14 @@ else.
 
 Vocabulary: a *part* of a parameter is (dimension, ranges), or None for all of it; a *copy* is a part that several ranks
 hold (key/value heads, when there are fewer of them than ranks); a *duplicate* is a parameter that a lower rank counts.
-Invariants: tied parameters stay tied; ranks that hold the same elements hold the same bits, and, trained alike, keep
-them, since gradients of copies and of norms inside of heads are summed over the ranks.
+Invariants: parameters stay the objects they are, so that ties and optimizers hold; ranks that hold the same elements
+hold the same bits, and, trained alike, keep them, since gradients of copies and of norms inside of heads are summed
+over the ranks.
 """
 
 from __future__ import annotations
 
-import logging
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -43,8 +44,6 @@ from ds_inference.tp.plan import Entry, ModelFacts, Rule, TensorParallelPlan, pl
 from ds_inference.tp.random import SplitRandom, align_random
 
 __all__ = ["TRIED_MODEL_TYPES", "apply_tensor_parallel", "plan_model"]
-
-logger = logging.getLogger(__name__)
 
 TRIED_MODEL_TYPES = frozenset(
     {"bert", "bloom", "falcon", "gemma", "gemma2", "gemma3_text", "gpt2", "gpt_neox", "llama", "mistral", "mixtral"}
@@ -235,9 +234,8 @@ class _Splitter:
         self.plan, self.communicator = applied.plan, applied.communicator
         self.rank = self.communicator.rank
         self.parts = self.plan.tensors(self.rank)
-        self.cut: dict[int, nn.Parameter] = {}
-        """This rank's part of each parameter that has been split, by the number of its tie."""
-        self.ties = _ties(model)
+        self.cut: set[int] = set()
+        """Parameters that have their part already: tied ones come more than once."""
         self._shared: dict[str, SharedInput] = {}
         self._draws = _draws(model)
 
@@ -252,21 +250,21 @@ class _Splitter:
         for name, module in experts:
             if self.plan[f"{name}.{stacked_names()[0]}"].style != "replicated":
                 self._split_experts(name, module)
-        self._retie()
         adapt_attention(self.model, self.plan, self.rank)
         for parameter in norms:
             self.applied.sum_gradient(parameter, None)
         self.applied.finish()
 
-    def _part(self, name: str, whole: nn.Parameter | None) -> nn.Parameter | None:
-        if whole is None:
-            return None
-        part, tie = self.parts[name], self.ties[name]
-        if part is None:
-            return whole
-        if tie not in self.cut:
-            self.cut[tie] = nn.Parameter(part_of(whole.detach(), part), requires_grad=whole.requires_grad)
-        return self.cut[tie]
+    def _part(self, name: str, parameter: nn.Parameter | None) -> nn.Parameter | None:
+        """The same parameter with this rank's part in it: optimizers and ties that hold it still do."""
+        part = self.parts[name] if parameter is not None else None
+        if parameter is not None and part is not None and id(parameter) not in self.cut:
+            self.cut.add(id(parameter))
+            if self.undo is not None:
+                self.undo.append(functools.partial(setattr, parameter, "data", parameter.data))
+            parameter.grad = None
+            parameter.data = part_of(parameter.data, part)
+        return parameter
 
     def _replace(self, entry: Entry) -> None:
         name = entry.module.name
@@ -345,8 +343,7 @@ class _Splitter:
         """Stacked experts run as they are on narrower experts; what they return is a part of the sum."""
         width = self.plan[f"{name}.down_proj"].module.num_in
         for one in stacked_names():
-            part = self._part(f"{name}.{one}", getattr(module, one))
-            setattr(module, one, part)
+            self._part(f"{name}.{one}", getattr(module, one))
         own = self.plan[f"{name}.down_proj"].local_size(self.rank)
         for attribute, value in vars(module).copy().items():
             if type(value) is int and value == width and "intermediate" in attribute:
@@ -358,13 +355,6 @@ class _Splitter:
         ]
         if self.undo is not None:
             self.undo += [handle.remove for handle in handles]
-
-    def _retie(self) -> None:
-        """Other places that hold a parameter which has been split hold its part."""
-        for name, tie in self.ties.items():
-            if tie in self.cut:
-                home, _, last = name.rpartition(".")
-                self.model.get_submodule(home)._parameters[last] = self.cut[tie]
 
 
 class _Region:
@@ -416,15 +406,6 @@ class _ExpertEdges:
 
     def after(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
         return sum_over_ranks(output, self.communicator, self.label)
-
-
-def _ties(model: nn.Module) -> dict[str, int]:
-    """Every name of every parameter with a number; the names of one parameter have the same."""
-    numbers: dict[int, int] = {}
-    return {
-        name: numbers.setdefault(id(parameter), len(numbers))
-        for name, parameter in model.named_parameters(remove_duplicate=False)
-    }
 
 
 def _restorer(model: nn.Module) -> Callable[[], None]:
