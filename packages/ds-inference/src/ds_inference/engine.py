@@ -13,7 +13,7 @@ import importlib
 import inspect
 from collections.abc import Mapping
 from contextlib import nullcontext
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -45,6 +45,7 @@ class InferenceEngine(nn.Module):
         module: the model, cast, split, injected or quantised as configured.
         inference_config: the configuration.
         injection: what was injected; None: nothing.
+        tensor_parallel: what of the model this rank has; None: all of it.
     """
 
     def __init__(
@@ -62,8 +63,9 @@ class InferenceEngine(nn.Module):
         self._timer = PassTimer()
         self._loop: DecodeLoop | None = None
         self._warned: set[str] = set()
-        self.module, self.injection = prepare(model, config, QuantizationSpec.parse(quantization))
-        self.module.eval()
+        prepared = prepare(model, config, QuantizationSpec.parse(quantization))
+        self.injection, self.tensor_parallel = prepared.injection, prepared.applied
+        self.module = model.eval()
         self.training = False
         if self.decoder is not None:
             self._loop = DecodeLoop(self.decoder, config.max_out_tokens, config.min_out_tokens)
@@ -177,8 +179,8 @@ class InferenceEngine(nn.Module):
         limit = self.inference_config.max_out_tokens
         if isinstance(tokens, Tensor) and tokens.dim() == 2:
             mask = kwargs.get("attention_mask")
-            known = isinstance(mask, Tensor) and mask.dim() == 2
-            longest = int(mask.sum(1).max()) if known else tokens.shape[1]
+            padded = isinstance(mask, Tensor) and mask.dim() == 2
+            longest = int(cast(Tensor, mask).sum(1).max()) if padded else tokens.shape[1]
             if longest > limit:
                 raise CapacityError(
                     f"the prompt has {longest} tokens, max_out_tokens is {limit}; raise it in init_inference"

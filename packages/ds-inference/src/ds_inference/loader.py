@@ -1,8 +1,9 @@
 """Checkpoints on disk: folders of safetensors files, read tensor by tensor, or only a rank's ranges of each.
 
 A checkpoint is a folder as transformers writes it: `model.safetensors`, or **shards** (files with some of the tensors
-each) listed by `model.safetensors.index.json`; or shards without an index; or one file. Files are mapped, not loaded:
-`read` copies the ranges asked for into a tensor of just that size, so a rank never holds more than its own part.
+each) listed by `model.safetensors.index.json`; or shards without an index; or one file. `read` copies the ranges asked
+for into a tensor of just that size, so a rank never holds more than its own part: whole tensors and ranges of rows are
+read from the file straight into it, ranges of other dimensions through a mapping of the file.
 
 Invariants: what is missing is noticed when the checkpoint is opened, before any tensor is read: every file that is
 listed or numbered is there, whole (safetensors' header says how long a file is), and has the tensors listed for it; no
@@ -12,6 +13,7 @@ noticed: the format has no checksum.
 
 from __future__ import annotations
 
+import ctypes
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -64,6 +66,7 @@ class Checkpoint:
         self.path = path
         self._files: dict[Path, Any] = {}
         self._homes: dict[str, Path] = {}
+        self._offsets: dict[Path, dict[str, int]] = {}
         for file, wanted in expected.items():
             opened = _open(file, wanted)
             self._files[file] = opened
@@ -126,27 +129,66 @@ class Checkpoint:
         """
         source = self._slice(name)
         shape = list(source.get_shape())
-        pieces = [self._files[self.file(name)].get_tensor(name)] if dim is None else []
         if dim is not None:
             if not 0 <= dim < len(shape):
                 raise ValueError(f"{name} has shape {tuple(shape)}; dimension {dim} is not one of it")
             for low, high in ranges:
                 if not 0 <= low < high <= shape[dim]:
                     raise ValueError(f"{name} has {shape[dim]} in dimension {dim}; range ({low}, {high}) is not in it")
-                key = (*(slice(None),) * dim, slice(low, high))
-                pieces.append(source[key])
-            shape[dim] = sum(high - low for low, high in ranges)
-            if not pieces:
+            if not ranges:
                 raise ValueError(f"no ranges of {name} are asked for; expected at least one, or dim=None for all")
-        result = torch.empty(shape, dtype=dtype or pieces[0].dtype, device=device)
+        mapped = self._files[self.file(name)].get_tensor(name)  # of which nothing is read yet
+        if not shape or mapped.numel() == 0:
+            small: Tensor = mapped.to(device=device, dtype=dtype, copy=True)
+            return small
+        if dim in (None, 0):
+            return self._read_rows(name, mapped, ranges if dim == 0 else [(0, shape[0])], dtype, device)
+        shape[dim] = sum(high - low for low, high in ranges)
+        result = torch.empty(shape, dtype=dtype or mapped.dtype, device=device)
         at = 0
-        for piece in pieces:
-            if dim is None:
-                result.copy_(piece)
-            else:
-                result.narrow(dim, at, piece.shape[dim]).copy_(piece)
-                at += piece.shape[dim]
+        for low, high in ranges:
+            key = (*(slice(None),) * dim, slice(low, high))
+            result.narrow(dim, at, high - low).copy_(source[key])
+            at += high - low
         return result
+
+    def _read_rows(
+        self,
+        name: str,
+        mapped: Tensor,
+        ranges: Sequence[tuple[int, int]],
+        dtype: torch.dtype | None,
+        device: torch.device | str | None,
+    ) -> Tensor:
+        """Rows of a tensor by plain reads: pages of a mapping would count as this process's memory beside the copy."""
+        shape = (sum(high - low for low, high in ranges), *mapped.shape[1:])
+        result = torch.empty(shape, dtype=mapped.dtype)
+        row = mapped.nbytes // mapped.shape[0]
+        file = self.file(name)
+        first = self._offset(file, name)
+        at = result.data_ptr()
+        with file.open("rb", buffering=0) as opened:
+            for low, high in ranges:
+                opened.seek(first + low * row)
+                target = memoryview((ctypes.c_char * ((high - low) * row)).from_address(at)).cast("B")
+                at += len(target)
+                while len(target):
+                    got = opened.readinto(target)
+                    if not got:
+                        raise CheckpointError(f"checkpoint shard {file} ends within {name}; fetch or copy it again")
+                    target = target[got:]
+        return result.to(device=device, dtype=dtype)
+
+    def _offset(self, file: Path, name: str) -> int:
+        """Where a tensor's bytes begin in its file: the header is its length, 8 bytes, and as much JSON."""
+        if file not in self._offsets:
+            with file.open("rb") as opened:
+                size = int.from_bytes(opened.read(8), "little")
+                header = json.loads(opened.read(size))
+            self._offsets[file] = {
+                key: 8 + size + value["data_offsets"][0] for key, value in header.items() if key != "__metadata__"
+            }
+        return self._offsets[file][name]
 
     def read_parts(
         self,

@@ -1,6 +1,6 @@
 """From the model that a script has to the one that the engine runs: the steps of `init_inference`, in order.
 
-    weights from a checkpoint -> tensor parallelism -> dtype and device -> injected kernels, or quantised layers
+    tensor parallelism -> weights from a checkpoint -> dtype and device -> injected kernels, or quantised layers
 
 Invariants: what the configuration asks for is done, or refused with a sentence, or said in a log line; a step that
 fails leaves an error that names the key.
@@ -8,19 +8,24 @@ fails leaves an error that names the key.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 
+import ds_comm
 from ds_comm.device import current_device, device_type
 from ds_comm.log import get_logger
+from ds_inference.checkpoints import load_into, save_shards
 from ds_inference.config import DeepSpeedInferenceConfig
 from ds_inference.errors import ConfigError, ModelError
 from ds_inference.inject import Injection, inject
 from ds_inference.quantization import QuantizationSpec, quantize_model, spec_of_config
+from ds_inference.tp.applied import AppliedPlan
+from ds_inference.tp.apply import apply_tensor_parallel
 
-__all__ = ["check_supported", "prepare"]
+__all__ = ["Prepared", "check_supported", "prepare"]
 
 logger = get_logger(__name__)
 
@@ -56,19 +61,82 @@ def check_supported(config: DeepSpeedInferenceConfig) -> None:
             logger.warning("%s has no effect: %s", key, reason)
 
 
-def prepare(
-    model: nn.Module, config: DeepSpeedInferenceConfig, quantization: QuantizationSpec | None
-) -> tuple[nn.Module, Injection | None]:
-    """Carry out the configuration on `model`, in place; the model and what was injected."""
+@dataclass(frozen=True)
+class Prepared:
+    """What the engine runs, and how it came to be so."""
+
+    injection: Injection | None = None
+    applied: AppliedPlan | None = None
+
+
+def prepare(model: nn.Module, config: DeepSpeedInferenceConfig, quantization: QuantizationSpec | None) -> Prepared:
+    """Carry out the configuration on `model`, in place. Collective with tensor parallelism."""
     spec = quantization or spec_of_config(config)
     check_policy(model, config.injection_policy)
-    _cast(model, config)
+    checkpoint = config.checkpoint if config.checkpoint is not None else config.checkpoint_config.checkpoint_dir
+    if checkpoint is None and _on_meta(model):
+        raise ModelError(
+            f"{type(model).__name__} has weights on the meta device; give their place with checkpoint=..., a folder of "
+            "safetensors files"
+        )
+    dtype, device = _target(config)
+    applied = _split(model, config)
+    if checkpoint is not None:
+        base = config.base_dir or config.checkpoint_config.base_dir or ""
+        load_into(model, checkpoint, base_dir=base, applied=applied, dtype=dtype, device=device)
+    _cast(model, dtype, device)
+    if folder := config.save_mp_checkpoint_path or config.checkpoint_config.save_mp_checkpoint_path:
+        save_shards(model, folder, applied)
     if config.replace_with_kernel_inject:
-        return model, inject(model, spec)
+        return Prepared(inject(model, spec), applied)
     if spec is not None:
         names = quantize_model(model, spec)
         logger.info("%d linear layers of %s are quantised", len(names), type(model).__name__)
-    return model, None
+    return Prepared(None, applied)
+
+
+def _on_meta(model: nn.Module) -> bool:
+    return any(tensor.is_meta for tensor in (*model.parameters(), *model.buffers()))
+
+
+def _split(model: nn.Module, config: DeepSpeedInferenceConfig) -> AppliedPlan | None:
+    """Tensor parallelism over the group that is given, or over the ranks in order."""
+    section = config.tensor_parallel
+    group = _given_group(config)
+    if not section.enabled or (section.tp_size == 1 and group is None):
+        return None
+    ds_comm.init_distributed()
+    world = ds_comm.get_world_size()
+    if group is not None:
+        size = ds_comm.get_world_size(group)
+        if "tp_size" in section.model_fields_set and section.tp_size not in (1, size):
+            raise ConfigError(f"tensor_parallel.tp_size is {section.tp_size}, and the group given has {size} ranks")
+    elif world % section.tp_size:
+        raise ConfigError(
+            f"tensor_parallel.tp_size is {section.tp_size}, and there are {world} ranks; start a multiple of it, with "
+            "deepspeed --num_gpus or torchrun"
+        )
+    elif section.tp_size < world:
+        groups = [
+            ds_comm.new_group(list(range(first, first + section.tp_size))) for first in range(0, world, section.tp_size)
+        ]
+        group = groups[ds_comm.get_rank() // section.tp_size]
+    applied = apply_tensor_parallel(
+        model, group=group, grain=section.tp_grain_size, injection_policy=config.injection_policy
+    )
+    return applied if applied.size > 1 else None
+
+
+def _given_group(config: DeepSpeedInferenceConfig) -> Any:
+    section = config.tensor_parallel
+    if section.tp_group is not None or section.mpu is None:
+        return section.tp_group
+    for name in ("get_tensor_model_parallel_group", "get_model_parallel_group"):
+        if (getter := getattr(section.mpu, name, None)) is not None:
+            return getter()
+    raise ConfigError(
+        f"tensor_parallel.mpu is a {type(section.mpu).__name__} without get_model_parallel_group; give tp_group instead"
+    )
 
 
 def check_policy(model: nn.Module, policy: dict[Any, Any] | None) -> list[str]:
@@ -95,14 +163,22 @@ def check_policy(model: nn.Module, policy: dict[Any, Any] | None) -> list[str]:
     return found
 
 
-def _cast(model: nn.Module, config: DeepSpeedInferenceConfig) -> None:
-    if any(tensor.is_meta for tensor in (*model.parameters(), *model.buffers())):
-        raise ModelError(
-            f"{type(model).__name__} has weights on the meta device; give their place with checkpoint=..., a folder of "
-            "safetensors files"
-        )
+def _target(config: DeepSpeedInferenceConfig) -> tuple[torch.dtype | None, torch.device | None]:
+    """Where the model goes and as what; None: it stays."""
     dtype = None if config.dtype == torch.int8 else config.dtype
     if dtype == torch.float16 and device_type() == "cpu":
         logger.warning("dtype is float16, the default; on a CPU bfloat16 and float32 are much faster: give dtype=...")
-    device = None if config.keep_module_on_host else current_device()
+    return dtype, None if config.keep_module_on_host else current_device()
+
+
+def _cast(model: nn.Module, dtype: torch.dtype | None, device: torch.device | None) -> None:
+    """Move and cast in place. Rotary frequencies stay as exact as they are: rounded, they would turn far positions."""
+    frequencies = {
+        (module, name): value
+        for module in model.modules()
+        for name, value in module._buffers.items()
+        if value is not None and name.endswith("inv_freq")
+    }
     model.to(device=device, dtype=dtype)
+    for (module, name), value in frequencies.items():
+        module._buffers[name] = value.to(device=device)

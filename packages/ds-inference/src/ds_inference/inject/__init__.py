@@ -7,6 +7,24 @@ compares outputs before and after, and a model that it would change is refused a
 
 from __future__ import annotations
 
-from ds_inference.inject.injection import Injection, inject, injection_of, revert
+from ds_inference.inject.injection import Injection, inject, inject_parts, injection_of, revert
+from ds_inference.inject.replace import (
+    InjectionPolicy,
+    generic_injection,
+    policies,
+    replace_transformer_layer,
+    revert_transformer_layer,
+)
 
-__all__ = ["Injection", "inject", "injection_of", "revert"]
+__all__ = [
+    "Injection",
+    "InjectionPolicy",
+    "generic_injection",
+    "inject",
+    "inject_parts",
+    "injection_of",
+    "policies",
+    "replace_transformer_layer",
+    "revert",
+    "revert_transformer_layer",
+]

@@ -18,9 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from ds_inference.errors import ModelError
-
-__all__ = ["ENCODERS", "EncoderLayers", "has_encoder", "replace_encoder"]
+__all__ = ["ENCODERS", "EncoderLayers", "fuse_attentions", "has_encoder"]
 
 ENCODERS = ("bert", "roberta", "xlm-roberta", "camembert", "electra", "distilbert")
 """Model types that injection knows."""
@@ -91,15 +89,9 @@ def has_encoder(model: nn.Module) -> bool:
     return getattr(getattr(model, "config", None), "model_type", None) in ENCODERS
 
 
-def replace_encoder(model: nn.Module) -> EncoderLayers:
-    """Fuse the projections of every attention in `model`; ModelError when there is none that could be."""
-    found = dict(_attentions(model))
-    if not found:
-        raise ModelError(
-            f"{type(model).__name__} has no attention with three linear layers over one input (query, key, value); "
-            "leave replace_with_kernel_inject out for it"
-        )
-    return EncoderLayers(found)
+def fuse_attentions(model: nn.Module) -> EncoderLayers:
+    """Fuse the projections of every attention in `model` that has three plain linear layers over one input."""
+    return EncoderLayers(dict(_attentions(model)))
 
 
 def _attentions(model: nn.Module) -> list[tuple[str, list[nn.Linear]]]:

@@ -16,11 +16,11 @@ from ds_comm.log import get_logger
 from ds_inference.decoder import FAMILIES, Decoder, read_decoder
 from ds_inference.errors import ModelError
 from ds_inference.inject.check import Probe
-from ds_inference.inject.encoder import ENCODERS, EncoderLayers, has_encoder, replace_encoder
+from ds_inference.inject.encoder import ENCODERS, EncoderLayers, fuse_attentions, has_encoder
 from ds_inference.quantization import QuantizationSpec
 from ds_kernels import Applied, PatchError, apply_kernels
 
-__all__ = ["Injection", "inject", "injection_of", "revert"]
+__all__ = ["Injection", "inject", "inject_parts", "injection_of", "revert"]
 
 logger = get_logger(__name__)
 
@@ -94,8 +94,12 @@ def inject(model: nn.Module, quantization: QuantizationSpec | None = None) -> In
             injection.decoder = read_decoder(model) if quantization is None else read_decoder(model, quantization)
             injection.replaced["decoder"] = [""]
         elif has_encoder(model):
-            injection._encoders.append(replace_encoder(model))
-            injection.replaced["encoder layer"] = injection._encoders[0].names
+            injection._encoders.append(fused := fuse_attentions(model))
+            if not fused.names:
+                raise ModelError(
+                    f"{type(model).__name__} has no attention with plain linear layers for query, key, value"
+                )
+            injection.replaced["encoder layer"] = fused.names
         else:
             raise ModelError(_unknown(model))
         if quantization is None:
@@ -106,6 +110,23 @@ def inject(model: nn.Module, quantization: QuantizationSpec | None = None) -> In
         raise
     setattr(model, _ATTRIBUTE, injection)
     logger.info("injected into %s: %s", type(model).__name__, ", ".join(injection.replaced))
+    return injection
+
+
+def inject_parts(module: nn.Module) -> Injection:
+    """Inject what is known inside of any module: kernels of ds-kernels' families, attentions of three linear layers.
+
+    ModelError when it is injected already; nothing known in it is no error.
+    """
+    if injection_of(module) is not None:
+        raise ModelError(f"{type(module).__name__} has kernels injected already; revert that first")
+    injection = Injection(module)
+    fused = fuse_attentions(module)
+    if fused.names:
+        injection._encoders.append(fused)
+        injection.replaced["encoder layer"] = fused.names
+    _apply_kernels(injection)
+    setattr(module, _ATTRIBUTE, injection)
     return injection
 
 
