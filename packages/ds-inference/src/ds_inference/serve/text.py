@@ -22,7 +22,9 @@ from ds_inference.errors import RequestError
 __all__ = ["HuggingFaceCodec", "StopText", "TextCodec", "TextStream"]
 
 _BROKEN = "\ufffd"
-_LONGEST_CHARACTER = 8
+_GARBAGE = 8
+"""So many replacement characters at the end are no beginning of a character."""
+_LONGEST_WINDOW = 256
 _CONTEXT = 5
 
 
@@ -113,9 +115,13 @@ class TextStream:
         """Text that is settled with these tokens."""
         self._window.extend(tokens)
         text = self._decode(self._window)
-        if text.endswith(_BROKEN) and len(self._window) - self._settled < _LONGEST_CHARACTER:
-            return ""
-        return self._settle(text)
+        whole = text.rstrip(_BROKEN)
+        if text == whole or len(text) - len(whole) >= _GARBAGE or len(self._window) - self._settled >= _LONGEST_WINDOW:
+            return self._settle(text)
+        # The last character may still be completed; until then the window stays as it is.
+        new = whole[len(self._said) :]
+        self._said += new
+        return new
 
     def finish(self) -> str:
         """What is left: the last character was never completed."""
