@@ -188,6 +188,12 @@ def spec_of_config(config: DeepSpeedInferenceConfig) -> QuantizationSpec | None:
     )
 
 
+def spec_of_patterns(patterns: Mapping[str, Mapping[str, Any]]) -> QuantizationSpec:
+    """Upstream's {part of a module's name: {num_bits, group_size, group_dim, symmetric}}; nothing else is quantised."""
+    rules = tuple((re.escape(key), group_format(key, value)) for key, value in patterns.items())
+    return QuantizationSpec(None, rules=rules, exclude=())
+
+
 def _section_format(config: DeepSpeedInferenceConfig) -> WeightFormat:
     weight = config.quant.weight
     if "q_groups" in weight.model_fields_set and weight.q_groups != 1:
