@@ -39,7 +39,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["FASTMATH", "HAS_NUMBA", "HEAD", "Kernel", "bind", "kernel", "launch", "run_team", "slots_of"]
+__all__ = [
+    "FASTMATH",
+    "HAS_NUMBA",
+    "HEAD",
+    "Kernel",
+    "bind",
+    "kernel",
+    "launch",
+    "run_team",
+    "slots_of",
+    "step",
+    "word_of",
+]
 
 HAS_NUMBA: bool = importlib.util.find_spec("numba") is not None and os.environ.get("DS_KERNELS_NUMBA", "1") != "0"
 """Whether numba is installed and not switched off by DS_KERNELS_NUMBA=0."""
@@ -52,10 +64,10 @@ FASTMATH = {"reassoc", "contract", "nsz", "arcp", "afn"}
 
 
 class Kernel:
-    """A numba function of slots, compiled when it is first launched."""
+    """A numba function of slots, or of some int64 numbers (`step`), compiled when its address is first asked for."""
 
-    def __init__(self, function: Callable[[Any], None]) -> None:
-        self._function = function
+    def __init__(self, function: Callable[..., None], numbers: int = 0) -> None:
+        self._function, self._numbers = function, numbers
         self.__name__ = function.__name__
         self.__doc__ = function.__doc__
 
@@ -64,7 +76,8 @@ class Kernel:
         from numba import cfunc, types
 
         # numpy's error model: 1 / 0 is infinity. Python's would end the kernel half way, and nobody would hear of it.
-        signature = types.void(types.CPointer(types.int64))
+        arguments = [types.int64] * self._numbers or [types.CPointer(types.int64)]
+        signature = types.void(*arguments)
         return cfunc(signature, cache=True, fastmath=FASTMATH, error_model="numpy")(self._function)
 
     @functools.cached_property
@@ -83,6 +96,14 @@ def kernel(function: Callable[[Any], None]) -> Kernel:
     return Kernel(function)
 
 
+def step(function: Callable[..., None]) -> Kernel:
+    """Make a `Kernel` of a function of int64 numbers, which other kernels call by its address (`team.invoke`).
+
+    That keeps it out of their machine code: numba compiles what a function calls again with every caller above it.
+    """
+    return Kernel(function, function.__code__.co_argcount)
+
+
 @functools.cache
 def _gomp_parallel() -> Any:
     try:
@@ -94,7 +115,7 @@ def _gomp_parallel() -> Any:
     return entry
 
 
-def _word(argument: Tensor | float) -> int:
+def word_of(argument: Tensor | float) -> int:
     """What stands for a tensor or a float in a slot."""
     if isinstance(argument, Tensor):
         return argument.data_ptr()
@@ -126,9 +147,9 @@ def bind(function: Kernel, *args: Tensor | int | float, items: int, grain: int =
     return run
 
 
-def slots_of(*args: Tensor | int | float) -> Any:
-    """The slots of a kernel that runs by `run_team`: a ctypes array, whose items from HEAD on may be set again."""
-    return _pack(args, 0, 1)
+def slots_of(count: int) -> Any:
+    """Slots of a kernel that runs by `run_team`: a ctypes array, whose items from HEAD on are the kernel's own."""
+    return _slots(count)()
 
 
 def run_team(function: Kernel, slots: Any) -> None:
@@ -137,7 +158,7 @@ def run_team(function: Kernel, slots: Any) -> None:
 
 
 def _pack(args: tuple[Tensor | int | float, ...], items: int, grain: int) -> Any:
-    words = [argument if argument.__class__ is int else _word(argument) for argument in args]
+    words = [argument if argument.__class__ is int else word_of(argument) for argument in args]
     return _slots(HEAD + len(words))(0, items, grain, *words)
 
 

@@ -21,7 +21,7 @@ from llvmlite import ir
 from numba import njit, types
 from numba.extending import intrinsic
 
-__all__ = ["LINE", "SETS", "addresses", "barrier", "clear_next", "member", "share", "take_from", "team"]
+__all__ = ["LINE", "SETS", "addresses", "barrier", "clear_next", "invoke", "member", "share", "take_from", "team"]
 
 LINE = 64
 """Bytes between counters: one cache line each."""
@@ -53,6 +53,19 @@ def _call(_context: Any, address: Any) -> Any:
         return builder.sext(builder.call(builder.inttoptr(args[0], kind.as_pointer()), []), _I64)
 
     return types.int64(types.int64), codegen
+
+
+@intrinsic
+def invoke(_context: Any, address: Any, numbers: Any) -> Any:
+    """The function of a `step` at an address, with a tuple of its numbers."""
+
+    def codegen(_ctx: Any, builder: Any, _sig: Any, args: Any) -> Any:
+        values = [builder.extract_value(args[1], i) for i in range(len(numbers))]
+        kind = ir.FunctionType(ir.VoidType(), [_I64] * len(values))
+        builder.call(builder.inttoptr(args[0], kind.as_pointer()), values)
+        return _I64(0)
+
+    return types.int64(address, types.UniTuple(types.int64, len(numbers))), codegen
 
 
 @intrinsic

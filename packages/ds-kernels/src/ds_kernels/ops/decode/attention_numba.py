@@ -11,9 +11,10 @@ import numpy as np
 from numba import njit
 
 from ds_kernels._cpu.intrinsics import f32_at, float_at, i32_at, i64_at, load_at, store_at
+from ds_kernels._cpu.launch import step
 from ds_kernels._cpu.maths import exp, tanh
 from ds_kernels._cpu.rows import AHEAD
-from ds_kernels._cpu.team import clear_next, share, take_from
+from ds_kernels._cpu.team import clear_next, invoke, share, take_from
 from ds_kernels.ops.decode import layout as at
 from ds_kernels.ops.decode.vector import square_sum, value_sum
 from ds_kernels.ops.paged_attention.cpu_numba import (
@@ -25,7 +26,7 @@ from ds_kernels.ops.paged_attention.cpu_numba import (
     gather_fp16,
 )
 
-__all__ = ["attention", "mixed", "norm"]
+__all__ = ["ATTEND", "attention", "mixed", "norm"]
 
 BF16, FP16 = 1, 2
 EXTRA = 2
@@ -208,9 +209,10 @@ def _write(a, layer, row, head, slot, position, k_from, v_from, scratch):
     store_at(to, code, dim, f32_at(v_from, dim))
 
 
-@njit(cache=True, inline="never")
-def _item(a, layer, row, head, split, begin, span, length, scratch):
+@step
+def ATTEND(slots_at, layer_at, row, head, split, begin, span, length, scratch):
     """One split of one sequence's context for the query heads that share a head of the cache."""
+    a, layer = i64_at(slots_at, at.SLOTS_END), i64_at(layer_at, at.LAYER)
     heads, kv_heads, dim, code = a[at.HEADS], a[at.KV_HEADS], a[at.DIM], a[at.CACHE_CODE]
     group, padded = heads // kv_heads, (dim + 15) // 16 * 16
     position = i64_at(a[at.POSITIONS], row + 1)[row]
@@ -287,7 +289,8 @@ def attention(a, layer, scratch, hands, size, stage, index):
                 row += 1
                 begin, span, splits = _splits(np.int64(lengths[row]), window)
             head, split = rest % kv_heads, rest // kv_heads
-            _item(a, layer, row, head, split, begin, span, np.int64(lengths[row]), scratch)
+            length = np.int64(lengths[row])
+            invoke(a[at.ATTEND], (a[at.SELF], layer.ctypes.data, row, head, split, begin, span, length, scratch))
             item = first + take_from(hands, size, stage, owner)
 
 

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import importlib
-import struct
+import ctypes
 from collections.abc import Iterable, Sequence
 
 import torch
@@ -11,7 +10,7 @@ from torch import Tensor
 
 from ds_kernels._checks import require
 from ds_kernels._cpu.dtypes import CODES
-from ds_kernels._cpu.launch import HAS_NUMBA, run_team, slots_of
+from ds_kernels._cpu.launch import HAS_NUMBA, run_team, slots_of, word_of
 from ds_kernels.errors import KernelArgumentError
 from ds_kernels.ops.decode import layout as at
 from ds_kernels.ops.decode.model import DecodeLayer, DecodeModel, Norm, Projection
@@ -41,43 +40,36 @@ class Program:
     ) -> None:  # fmt: skip
         reason = why_not(model, k_caches, v_caches)
         require(reason is None, f"bind_decode: {reason}")
-        from ds_kernels._cpu.team import LINE, SETS, addresses
-
         self.model, self.rows = model, max_rows
-        self._alive: tuple[object, ...] = (model, tuple(k_caches), tuple(v_caches))
-        planes = 1 if activation_bits == 8 else 2
+        self._alive = (tuple(k_caches), tuple(v_caches))
+        self._planes = 1 if activation_bits == 8 else 2
         layers = [_layer(*each) for each in zip(model.layers, k_caches, v_caches, strict=True)]
         words = [word for layer in layers for word in layer]
-        words += [*_norm(model.final_norm), *_projection(model.head)]
+        head = len(words)
+        words += [*_projection(model.head), *_norm(model.final_norm)]
         self._table = torch.tensor(words, dtype=torch.int64)
-        hidden, heads, kv_heads, dim = model.final_norm.weight.shape[0], model.heads, model.kv_heads, model.head_dim
-        down, up = model.layers[0].down.weight, model.layers[0].up.weight
-        inner, vocabulary = down.shape[1], model.head.weight.shape[0]
-        self._logits = torch.empty(max_rows, vocabulary)
-        self._shared = [
-            torch.empty(max_rows * width)
-            for width in ((heads + 2 * kv_heads) * dim, heads * at.MAX_SPLITS * (dim + 2), hidden, up.shape[0])
-        ]
-        cache = k_caches[0]
-        span = at.SPAN * -(-cache.shape[0] * cache.shape[2] // (at.SPAN * at.MAX_SPLITS))
-        own = _Own(model, max_rows, planes, span)
-        self._own_nbytes, self._threads = own.nbytes, 0
-        self._line, self._sets = LINE, SETS
-        learned = model.positions
-        table = _projection(Projection(model.embedding))
+        own = [first + record for first in range(0, head, at.LAYER) for record in (at.QKV, at.OUTPUT, at.UP, at.DOWN)]
+        self._products = torch.tensor([record + at.PRODUCT for record in (*own, head)])
+        hidden, heads, dim = model.final_norm.weight.shape[0], model.heads, model.head_dim
+        self._logits = torch.empty(max_rows, model.head.weight.shape[0])
+        fused, inner = (heads + 2 * model.kv_heads) * dim, model.layers[0].up.weight.shape[0]
+        self._shared = {
+            name: torch.empty(max_rows * width)
+            for name, width in (
+                (at.QKV_OUT, fused), (at.PARTIALS, heads * at.MAX_SPLITS * (dim + 2)), (at.MIXED, hidden),
+                (at.UP_OUT, inner),
+            )
+        }  # fmt: skip
+        self._room = _Room(model, max_rows, self._planes, _span(k_caches[0]))
+        self._slots, self._threads, self._block = slots_of(at.SLOTS_END), 0, 0
         first = self._table.data_ptr()
-        num = len(layers)
-        self._slots = slots_of(
-            0, 0, 0, 0, 0, self._logits, 0, 0, self._table, num, first + 8 * at.LAYER * num,
-            first + 8 * (at.LAYER * num + at.NORM), table[at.WEIGHT], table[at.KIND], table[at.SCALE], table[at.CENTRE],
-            table[at.GROUP], table[at.OUTPUTS], scale_of(model), 0 if learned is None else learned,
-            0 if learned is None else CODES[learned.dtype], 0 if learned is None else learned.shape[0],
-            model.position_offset, hidden, heads, kv_heads, dim, inner, at.ACTIVATIONS[model.activation],
-            int(model.gated), float(dim**-0.5 if model.attention_scale is None else model.attention_scale),
-            float(model.attention_softcap or 0.0), float(model.logit_softcap or 0.0), CODES[cache.dtype],
-            cache.shape[2], cache.shape[0], _max_position(model), planes, span, 0, 0, own.nbytes, *self._shared,
-            own.block_nbytes, own.prepared, own.values, own.item_out, own.item_width, own.attention, *addresses(), 0,
-        )  # fmt: skip
+        facts = _facts(model, k_caches[0]) | self._shared | self._room.slots
+        facts |= {
+            at.LAYERS: first, at.HEAD_AT: first + 8 * head, at.FINAL_NORM: first + 8 * (head + at.PROJECTION),
+            at.LOGITS: self._logits, at.PLANES: self._planes, at.SELF: ctypes.addressof(self._slots),
+        }  # fmt: skip
+        for slot, fact in facts.items():
+            self._slots[slot] = word_of(fact)
 
     def __call__(
         self, tokens: Tensor, positions: Tensor, slots: Tensor, block_tables: Tensor, context_lens: Tensor
@@ -99,42 +91,100 @@ class Program:
         ints = [part.to(torch.int32).contiguous() for part in (block_tables, context_lens)]
         if self._threads < torch.get_num_threads():
             self._make_room()
+        if self._block != block_of(rows):
+            self._choose(block_of(rows))
         words = self._slots
         self._sync.zero_()
         words[at.TOKENS], words[at.POSITIONS], words[at.SLOTS] = (part.data_ptr() for part in longs)
         words[at.TABLES], words[at.LENGTHS] = (part.data_ptr() for part in ints)
         words[at.ROWS], words[at.PAGES_WIDTH], words[at.ERROR] = rows, block_tables.shape[1], 0
-        run_team(importlib.import_module("ds_kernels.ops.decode.cpu_numba").DECODE, words)
+        run_team(self._kernel, words)
         if words[at.ERROR]:
             raise KernelArgumentError(f"decode: {ERRORS[words[at.ERROR]]}")
         return self._logits[:rows]
 
     def _make_room(self) -> None:
         """Scratch and counters for as many threads as torch has now."""
+        from ds_kernels._cpu.team import LINE, SETS, addresses
+
         self._threads = torch.get_num_threads()
-        self._own = torch.zeros(self._own_nbytes * self._threads + 64, dtype=torch.uint8)
-        self._sync = torch.zeros((self._line * (1 + self._sets * self._threads) + 64) // 8, dtype=torch.int64)
-        self._slots[at.OWN], self._slots[at.SYNC] = _aligned(self._own.data_ptr()), _aligned(self._sync.data_ptr())
+        self._own = torch.zeros(self._room.nbytes * self._threads + 64, dtype=torch.uint8)
+        self._sync = torch.zeros((LINE * (2 + SETS * self._threads)) // 8, dtype=torch.int64)
+        words = self._slots
+        words[at.OWN], words[at.SYNC] = _aligned(self._own.data_ptr()), _aligned(self._sync.data_ptr())
+        words[at.TEAM_SIZE_AT], words[at.TEAM_INDEX_AT], words[at.YIELD_AT] = addresses()
+
+    def _choose(self, block: int) -> None:
+        """The machine code of products with blocks of this many rows, compiled when it is first needed."""
+        from ds_kernels.ops.decode.attention_numba import ATTEND
+        from ds_kernels.ops.decode.cpu_numba import DECODE
+        from ds_kernels.ops.decode.products import DENSE, QUANTISED
+
+        projections = [p for layer in self.model.layers for p in (layer.qkv, layer.output, layer.up, layer.down)]
+        found = []
+        for weight in (p.weight for p in (*projections, self.model.head)):
+            if isinstance(weight, Tensor):
+                step = DENSE[CODES[weight.dtype], block]
+            else:
+                step = QUANTISED[weight.bits, self._planes, 0 if weight.centre is None else 1, block]
+            found.append(step.address)
+        self._table[self._products] = torch.tensor(found)
+        self._slots[at.ATTEND], self._kernel, self._block = ATTEND.address, DECODE, block
 
 
-class _Own:
+def block_of(rows: int) -> int:
+    """Activation rows of a pass over the weights."""
+    return 1 if rows <= 1 else 2 if rows <= 2 else 4 if rows <= 4 else 8
+
+
+def _span(cache: Tensor) -> int:
+    """Keys of a split of the longest context that the caches hold."""
+    return at.SPAN * -(-cache.shape[0] * cache.shape[2] // (at.SPAN * at.MAX_SPLITS))
+
+
+def _facts(model: DecodeModel, cache: Tensor) -> dict[int, Tensor | int | float]:
+    """Slots that say what the model is."""
+    table, learned = _projection(Projection(model.embedding)), model.positions
+    scale = model.attention_scale
+    facts: dict[int, Tensor | int | float] = {
+        at.NUM_LAYERS: len(model.layers), at.HIDDEN: table[at.COLUMNS], at.HEADS: model.heads,
+        at.KV_HEADS: model.kv_heads, at.DIM: model.head_dim, at.INTERMEDIATE: model.layers[0].down.weight.shape[1],
+        at.ACTIVATION: at.ACTIVATIONS[model.activation], at.GATED: int(model.gated),
+        at.SCALE_OF_SCORES: float(model.head_dim**-0.5 if scale is None else scale),
+        at.ATTENTION_SOFTCAP: float(model.attention_softcap or 0.0),
+        at.LOGIT_SOFTCAP: float(model.logit_softcap or 0.0), at.CACHE_CODE: CODES[cache.dtype],
+        at.PAGE_SIZE: cache.shape[2], at.PAGES: cache.shape[0], at.MAX_POSITION: _max_position(model),
+        at.SPAN_MAX: _span(cache), at.EMBEDDING: table[at.WEIGHT], at.EMBEDDING_KIND: table[at.KIND],
+        at.EMBEDDING_SCALE_AT: table[at.SCALE], at.EMBEDDING_CENTRE: table[at.CENTRE],
+        at.EMBEDDING_GROUP: table[at.GROUP], at.VOCABULARY: table[at.OUTPUTS], at.EMBEDDING_FACTOR: scale_of(model),
+    }  # fmt: skip
+    if learned is not None:
+        facts |= {at.LEARNED: learned, at.LEARNED_CODE: CODES[learned.dtype], at.LEARNED_OFFSET: model.position_offset}
+    return facts
+
+
+class _Room:
     """Offsets in a thread's own memory."""
 
     def __init__(self, model: DecodeModel, max_rows: int, planes: int, span: int) -> None:
-        block = 1 if max_rows <= 1 else 2 if max_rows <= 2 else 4 if max_rows <= 4 else 8
+        block = block_of(max_rows)
         projections = [p for layer in model.layers for p in (layer.qkv, layer.output, layer.up, layer.down)]
         projections.append(model.head)
         widest = max(_chunks(p.weight.shape[1]) for p in projections)
         hidden, dim, group = _chunks(model.head.weight.shape[1]), model.head_dim, model.heads // model.kv_heads
-        self.block_nbytes = _aligned(max(_packed_nbytes(p.weight, planes) for p in projections) * block)
-        self.item_width = _aligned(4 * (max(_per_item(p.weight) for p in projections) + 16))
-        self.prepared = _aligned(4 * max_rows * hidden)
-        self.values = self.prepared + -(-max_rows // block) * self.block_nbytes
-        self.item_out = self.values + _aligned(12 * widest + 256)
-        self.attention = self.item_out + 9 * self.item_width + 64 * 8
+        block_nbytes = _aligned(max(_packed_nbytes(p.weight, planes) for p in projections) * block)
+        item_width = _aligned(4 * (max(_per_item(p.weight) for p in projections) + 16))
+        prepared = _aligned(4 * max_rows * hidden)
+        values = prepared + -(-max_rows // block) * block_nbytes
+        item_out = values + _aligned(12 * widest + 256)
+        attention_at = item_out + 9 * item_width + 64 * 8
         tables = 16 * (span + 16 + 16)
         attention = 8 * (group * dim + 16) + 4 * group * (span + 16) + tables + 64 * (dim + 32)
-        self.nbytes = _aligned(self.attention + attention) + 128
+        self.nbytes = _aligned(attention_at + attention) + 128
+        self.slots: dict[int, int] = {
+            at.BLOCK_NBYTES: block_nbytes, at.ITEM_WIDTH: item_width, at.PREPARED: prepared, at.VALUES: values,
+            at.ITEM_OUT: item_out, at.ATTENTION_AT: attention_at, at.OWN_NBYTES: self.nbytes,
+        }  # fmt: skip
 
 
 def _aligned(nbytes: int) -> int:
@@ -159,20 +209,15 @@ def _per_item(weight: Tensor | QuantizedWeight) -> int:
     return 16 * max(1, min(GRAIN_NBYTES // (16 * max(1, row)), -(-outputs // 16)))
 
 
-def _bits(value: float) -> int:
-    word: int = struct.unpack("q", struct.pack("d", value))[0]
-    return word
-
-
 def _projection(p: Projection) -> list[int]:
     weight, bias = p.weight, p.bias
     plus = [0, 0] if bias is None else [bias.data_ptr(), CODES[bias.dtype]]
     outputs, columns = weight.shape
     if isinstance(weight, Tensor):
-        return [weight.data_ptr(), 0, 0, *plus, CODES[weight.dtype], outputs, columns, 0, 0, _per_item(weight)]
+        return [weight.data_ptr(), 0, 0, *plus, CODES[weight.dtype], outputs, columns, 0, 0, _per_item(weight), 0]
     centre = 0 if weight.centre is None else weight.centre.data_ptr()
     record = [weight.codes.data_ptr(), weight.scale.data_ptr(), centre, *plus, weight.bits, outputs, columns]
-    return [*record, weight.depth, weight.group_size, _per_item(weight)]
+    return [*record, weight.depth, weight.group_size, _per_item(weight), 0]
 
 
 def _norm(norm: Norm | None) -> list[int]:
@@ -180,7 +225,14 @@ def _norm(norm: Norm | None) -> list[int]:
         return [0] * at.NORM
     bias = [0, 0] if norm.bias is None else [norm.bias.data_ptr(), CODES[norm.bias.dtype]]
     kind = at.RMS if norm.kind == "rms" else at.LAYER_NORM
-    return [norm.weight.data_ptr(), CODES[norm.weight.dtype], *bias, kind, _bits(norm.eps), _bits(norm.offset)]
+    return [
+        norm.weight.data_ptr(),
+        CODES[norm.weight.dtype],
+        *bias,
+        kind,
+        word_of(float(norm.eps)),
+        word_of(float(norm.offset)),
+    ]
 
 
 def _layer(layer: DecodeLayer, k_cache: Tensor, v_cache: Tensor) -> list[int]:

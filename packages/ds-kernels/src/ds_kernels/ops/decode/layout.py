@@ -8,9 +8,10 @@ from __future__ import annotations
 
 __all__ = ["ACTIVATIONS", "LAYER", "MAX_SPLITS", "NORM", "PROJECTION", "SPAN"]
 
-WEIGHT, SCALE, CENTRE, BIAS, BIAS_CODE, KIND, OUTPUTS, COLUMNS, DEPTH, GROUP, PER_ITEM = range(11)
-"""Words of a projection. KIND: a dtype code of dense weights (0 fp32, 1 bf16, 2 fp16), or 8, 4: bits of quantised."""
-PROJECTION = 11
+WEIGHT, SCALE, CENTRE, BIAS, BIAS_CODE, KIND, OUTPUTS, COLUMNS, DEPTH, GROUP, PER_ITEM, PRODUCT = range(12)
+"""Words of a projection. KIND: a dtype code of dense weights (0 fp32, 1 bf16, 2 fp16), or 8, 4: bits of quantised.
+PRODUCT: the address of the step that multiplies an item, for the block of rows that is called next."""
+PROJECTION = 12
 NORM_WEIGHT, NORM_CODE, NORM_BIAS, NORM_BIAS_CODE, NORM_KIND, NORM_EPS, NORM_OFFSET = range(7)
 """Words of a norm."""
 NORM = 7
@@ -35,10 +36,13 @@ HEAD = 3
 (
     TOKENS, POSITIONS, SLOTS, TABLES, LENGTHS, LOGITS, ROWS, PAGES_WIDTH, LAYERS, NUM_LAYERS, FINAL_NORM, HEAD_AT,
     EMBEDDING, EMBEDDING_KIND, EMBEDDING_SCALE_AT, EMBEDDING_CENTRE, EMBEDDING_GROUP, VOCABULARY, EMBEDDING_FACTOR,
-    LEARNED, LEARNED_CODE, LEARNED_ROWS, LEARNED_OFFSET, HIDDEN, HEADS, KV_HEADS, DIM, INTERMEDIATE, ACTIVATION, GATED,
+    LEARNED, LEARNED_CODE, LEARNED_OFFSET, HIDDEN, HEADS, KV_HEADS, DIM, INTERMEDIATE, ACTIVATION, GATED,
     SCALE_OF_SCORES, ATTENTION_SOFTCAP, LOGIT_SOFTCAP, CACHE_CODE, PAGE_SIZE, PAGES, MAX_POSITION, PLANES, SPAN_MAX,
     SYNC, OWN, OWN_NBYTES, QKV_OUT, PARTIALS, MIXED, UP_OUT, BLOCK_NBYTES, PREPARED, VALUES, ITEM_OUT, ITEM_WIDTH,
-    ATTENTION_AT, TEAM_SIZE_AT, TEAM_INDEX_AT, YIELD_AT, ERROR,
-) = range(HEAD, HEAD + 56)  # fmt: skip
+    ATTENTION_AT, ATTEND, TEAM_SIZE_AT, TEAM_INDEX_AT, YIELD_AT, SELF, ERROR,
+) = range(HEAD, HEAD + 57)  # fmt: skip
 """Slots of the program. SYNC: the barrier's counter, then those of `team`. OWN: per thread its residual stream, then at
-PREPARED packed activations, at VALUES a row, at ITEM_OUT an item's results, at ATTENTION_AT the attention's scratch."""
+PREPARED packed activations, at VALUES a row, at ITEM_OUT an item's results, at ATTENTION_AT the attention's scratch.
+ATTEND: the address of the step that does an item of attention. SELF: that of
+the slots."""
+SLOTS_END = HEAD + 57

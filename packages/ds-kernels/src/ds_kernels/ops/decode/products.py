@@ -12,16 +12,19 @@ import numpy as np
 from numba import njit
 
 from ds_kernels._cpu.intrinsics import f32_at, i32_at, i64_at, load_at
+from ds_kernels._cpu.launch import step
 from ds_kernels._cpu.maths import tanh
-from ds_kernels._cpu.team import clear_next, share, take_from
+from ds_kernels._cpu.team import clear_next, invoke, share, take_from
 from ds_kernels.ops.decode import layout as at
-from ds_kernels.ops.decode.vector import rows_product
+from ds_kernels.ops.decode.vector import WEIGHT_ROWS, rows_product
 from ds_kernels.ops.linear.cpu_numba import pack_row
 from ds_kernels.ops.linear.packing import copy_line
 from ds_kernels.ops.linear.vector import panel_dot
 
-__all__ = ["block_of", "pack", "product"]
+__all__ = ["BLOCKS", "DENSE", "QUANTISED", "block_of", "pack", "product"]
 
+BLOCKS = (1, 2, 4, 8)
+"""Activation rows of a pass over the weights."""
 PANEL = 16
 BF16 = 1
 AHEAD = 8192
@@ -72,97 +75,52 @@ def pack(p, values, row, block, planes, prepared, block_nbytes):
     amounts[0] = 0  # numba frees an array after its last use by name
 
 
-def _rows_of(code):
-    """The products of one dtype as a function of the block: `rows_product` takes both as literals."""
+def _dense(code, block):
+    """The product of an item of dense weights of a dtype with a block of activation rows."""
+    most = WEIGHT_ROWS[block]
 
-    @njit(cache=True, inline="never")
-    def rows_of(block, weight, stride, count, x, columns, out, width):
-        if block == 1:
-            for i in range(0, count, 8):
-                n = min(8, count - i)
-                rows_product(code, 1, weight + i * stride, stride, n, AHEAD, x, columns, out + 4 * i, width)
-        elif block == 2:
-            for i in range(0, count, 8):
-                n = min(8, count - i)
-                rows_product(code, 2, weight + i * stride, stride, n, AHEAD, x, columns, out + 4 * i, width)
-        elif block == 4:
-            for i in range(0, count, 4):
-                n = min(4, count - i)
-                rows_product(code, 4, weight + i * stride, stride, n, AHEAD, x, columns, out + 4 * i, width)
-        else:
-            for i in range(0, count, 2):
-                n = min(2, count - i)
-                rows_product(code, 8, weight + i * stride, stride, n, AHEAD, x, columns, out + 4 * i, width)
+    @step
+    def dense(record_at, start, count, x, results, width):
+        record = i64_at(record_at, at.PROJECTION)
+        columns = record[at.COLUMNS]
+        stride = columns * (4 if code == 0 else 2)
+        weight = record[at.WEIGHT] + start * stride
+        for i in range(0, count, most):
+            n = min(most, count - i)
+            rows_product(code, block, weight + i * stride, stride, n, AHEAD, x, columns, results + 4 * i, width)
 
-    return rows_of
+    return dense
 
 
-_dense_f32, _dense_bf16, _dense_fp16 = (_rows_of(code) for code in (0, 1, 2))
+def _quantised(bits, planes, centred, block):
+    """The product of an item of quantised weights with a block of activation rows; the item starts at a panel."""
+
+    @step
+    def quantised(record_at, start, count, x, results, width):
+        record = i64_at(record_at, at.PROJECTION)
+        depth, group, first, lanes = record[at.DEPTH], record[at.GROUP], start // PANEL, results + 9 * width
+        groups, facts = (depth + group - 1) // group, x + depth * block * planes
+        for i in range((count + PANEL - 1) // PANEL):
+            codes = record[at.WEIGHT] + (first + i) * depth * 2 * bits
+            scale = record[at.SCALE] + (first + i) * groups * 2 * PANEL
+            centre = record[at.CENTRE] + (first + i) * groups * 2 * PANEL
+            panel_dot(bits, block, planes, centred, codes, scale, centre, x, facts, groups, depth, group, lanes)
+            for row in range(block):
+                copy_line(lanes + 64 * row, results + row * width + 64 * i)
+
+    return quantised
 
 
-def _panels_of(bits, planes, centred):
-    """The products of one format as a function of the block: `panel_dot` takes all of them as literals."""
-
-    @njit(cache=True, inline="never")
-    def panels_of(block, codes, scale, centre, count, x, facts, groups, depth, group, results, width, lanes):
-        for p in range((count + PANEL - 1) // PANEL):
-            c, s, m = codes + p * depth * 2 * bits, scale + p * groups * 2 * PANEL, centre + p * groups * 2 * PANEL
-            if block == 1:
-                panel_dot(bits, 1, planes, centred, c, s, m, x, facts, groups, depth, group, results + 64 * p)
-            else:
-                if block == 2:
-                    panel_dot(bits, 2, planes, centred, c, s, m, x, facts, groups, depth, group, lanes)
-                elif block == 4:
-                    panel_dot(bits, 4, planes, centred, c, s, m, x, facts, groups, depth, group, lanes)
-                else:
-                    panel_dot(bits, 8, planes, centred, c, s, m, x, facts, groups, depth, group, lanes)
-                for row in range(block):
-                    copy_line(lanes + 64 * row, results + row * width + 64 * p)
-
-    return panels_of
-
-
-_int8_1, _int8_2, _int4_1, _int4_2 = (_panels_of(bits, planes, 0) for bits in (8, 4) for planes in (1, 2))
-_int8_1c, _int8_2c, _int4_1c, _int4_2c = (_panels_of(bits, planes, 1) for bits in (8, 4) for planes in (1, 2))
-
-
-@njit(cache=True, inline="never")
-def _panels(record, start, count, block, planes, x, results, width):
-    """Rows [start, start + count) of a quantised projection; start is a multiple of 16. lanes: behind the results."""
-    bits, depth, group, centred = record[at.KIND], record[at.DEPTH], record[at.GROUP], record[at.CENTRE] != 0
-    groups, first = (depth + group - 1) // group, start // PANEL
-    codes, scale = record[at.WEIGHT] + first * depth * 2 * bits, record[at.SCALE] + first * groups * 2 * PANEL
-    centre = record[at.CENTRE] + first * groups * 2 * PANEL
-    facts, lanes = x + depth * block * planes, results + 9 * width
-    if bits == 8 and planes == 1 and not centred:
-        _int8_1(block, codes, scale, centre, count, x, facts, groups, depth, group, results, width, lanes)
-    elif bits == 8 and planes == 1 and centred:
-        _int8_1c(block, codes, scale, centre, count, x, facts, groups, depth, group, results, width, lanes)
-    elif bits == 8 and planes == 2 and not centred:
-        _int8_2(block, codes, scale, centre, count, x, facts, groups, depth, group, results, width, lanes)
-    elif bits == 8 and planes == 2 and centred:
-        _int8_2c(block, codes, scale, centre, count, x, facts, groups, depth, group, results, width, lanes)
-    elif bits == 4 and planes == 1 and not centred:
-        _int4_1(block, codes, scale, centre, count, x, facts, groups, depth, group, results, width, lanes)
-    elif bits == 4 and planes == 1 and centred:
-        _int4_1c(block, codes, scale, centre, count, x, facts, groups, depth, group, results, width, lanes)
-    elif bits == 4 and planes == 2 and not centred:
-        _int4_2(block, codes, scale, centre, count, x, facts, groups, depth, group, results, width, lanes)
-    else:
-        _int4_2c(block, codes, scale, centre, count, x, facts, groups, depth, group, results, width, lanes)
-
-
-@njit(cache=True, inline="never")
-def _dense(record, start, count, block, x, out, width):
-    kind, columns = record[at.KIND], record[at.COLUMNS]
-    stride = columns * (4 if kind == 0 else 2)
-    weight = record[at.WEIGHT] + start * stride
-    if kind == BF16:
-        _dense_bf16(block, weight, stride, count, x, columns, out, width)
-    elif kind == 0:
-        _dense_f32(block, weight, stride, count, x, columns, out, width)
-    else:
-        _dense_fp16(block, weight, stride, count, x, columns, out, width)
+DENSE = {(code, block): _dense(code, block) for code in (0, 1, 2) for block in BLOCKS}
+"""Steps by dtype code and block."""
+QUANTISED = {
+    (bits, planes, centred, block): _quantised(bits, planes, centred, block)
+    for bits in (8, 4)
+    for planes in (1, 2)
+    for centred in (0, 1)
+    for block in BLOCKS
+}
+"""Steps by bits of a code, planes of activations, whether there are centres, and block."""
 
 
 @njit(cache=True, inline="never")
@@ -206,10 +164,7 @@ def product(p, rows, block, planes, prepared, block_nbytes, results, width, soft
             count = min(per, outputs - start)
             for block_first in range(0, rows, block):
                 x = prepared + block_first // block * block_nbytes
-                if record[at.KIND] < 4:
-                    _dense(record, start, count, block, x, results, width)
-                else:
-                    _panels(record, start, count, block, planes, x, results, width)
+                invoke(record[at.PRODUCT], (p, start, count, x, results, width))
                 _finish(
                     record, start, count, min(block, rows - block_first), block_first, results, width, softcap, out,
                     outputs,
