@@ -1,12 +1,20 @@
-"""Inference under upstream's paths; it lives in `ds_inference`. The engine with ragged batches is its serving half."""
+"""Inference under upstream's paths; it lives in `ds_inference`. Names are imported on first use."""
 
-from ds_inference import DeepSpeedInferenceConfig, InferenceEngine, default_inference_config, init_inference
-from ds_inference.config import DeepSpeedTPConfig
+from deepspeed._lazy import attach
 
-__all__ = [
-    "DeepSpeedInferenceConfig",
-    "DeepSpeedTPConfig",
-    "InferenceEngine",
-    "default_inference_config",
-    "init_inference",
-]
+__getattr__, __dir__ = attach(
+    __name__,
+    {
+        "DeepSpeedInferenceConfig": "ds_inference.config:DeepSpeedInferenceConfig",
+        "DeepSpeedTPConfig": "ds_inference.config:DeepSpeedTPConfig",
+        "InferenceEngine": "ds_inference.engine:InferenceEngine",
+        "default_inference_config": "ds_inference.config:default_inference_config",
+        "init_inference": "ds_inference.initialize:init_inference",
+    },
+    ("config", "engine", "quantization"),
+    {
+        "InferenceEngineV2": "no release; ds_inference.LLM serves with ragged batches",
+        "RaggedInferenceEngineConfig": "no release; ds_inference.LLM serves with ragged batches",
+        "build_hf_engine": "no release; ds_inference.LLM serves with ragged batches",
+    },
+)

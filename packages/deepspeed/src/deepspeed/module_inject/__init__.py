@@ -1,17 +1,7 @@
-"""Kernel injection and tensor parallelism under upstream's path; they live in `ds_inference`."""
+"""Kernel injection under upstream's path; it lives in `ds_inference.inject`. Names are imported on first use."""
 
-from ds_inference.inject import (
-    InjectionPolicy,
-    generic_injection,
-    policies,
-    replace_transformer_layer,
-    revert_transformer_layer,
-)
+from deepspeed._lazy import attach
 
-__all__ = [
-    "InjectionPolicy",
-    "generic_injection",
-    "policies",
-    "replace_transformer_layer",
-    "revert_transformer_layer",
-]
+_VERBS = ("InjectionPolicy", "generic_injection", "policies", "replace_transformer_layer", "revert_transformer_layer")
+
+__getattr__, __dir__ = attach(__name__, {name: f"ds_inference.inject:{name}" for name in _VERBS}, ("replace_module",))
