@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from importlib.util import find_spec
+from typing import Any
+
 import pytest
 import torch
 from decoder_models import MODELS, Sequences, build, distance, logits_of, prompt
@@ -12,6 +16,7 @@ pytest.importorskip("transformers")
 
 CLOSE = 1e-5
 FAMILIES = sorted(MODELS)
+Read = Callable[[Any], Decoder]
 
 
 @pytest.fixture(params=[4, 64], ids=["paged", "static"])
@@ -20,16 +25,34 @@ def block_size(request: pytest.FixtureRequest) -> int:
     return size
 
 
+@pytest.fixture(params=["program", "operations"])
+def read(request: pytest.FixtureRequest) -> Iterator[Read]:
+    """read_decoder, with steps of decoding as one program or not."""
+    fused = request.param == "program"
+    if fused and find_spec("numba") is None:
+        pytest.skip("programs need numba")
+    decoders = []
+
+    def made(model: Any) -> Decoder:
+        decoder = read_decoder(model)
+        decoder.fused = fused
+        decoders.append(decoder)
+        return decoder
+
+    yield made
+    assert all(decoder.fused == fused for decoder in decoders), "fell back"
+
+
 def room(decoder: Decoder, block_size: int, sequences: int = 3) -> Sequences:
     return Sequences(decoder, block_size, sequences * 64 // block_size)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_prompt_chunks_and_single_tokens(family: str, block_size: int) -> None:
+def test_prompt_chunks_and_single_tokens(family: str, block_size: int, read: Read) -> None:
     model = build(family)
     tokens = prompt(23)
     expected = logits_of(model, tokens)
-    held = room(read_decoder(model), block_size)
+    held = room(read(model), block_size)
     for low, high in ((0, 9), (9, 16), (16, 17), (17, 18), (18, 23)):
         found = held.step({0: tokens[low:high]}, last=False)
         assert found.dtype == torch.float32
@@ -37,11 +60,11 @@ def test_prompt_chunks_and_single_tokens(family: str, block_size: int) -> None:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_ragged_batch_of_prompts_chunks_and_decoding(family: str, block_size: int) -> None:
+def test_ragged_batch_of_prompts_chunks_and_decoding(family: str, block_size: int, read: Read) -> None:
     model = build(family)
     texts = {0: prompt(14), 1: prompt(5), 2: prompt(30)}
     expected = {key: logits_of(model, text) for key, text in texts.items()}
-    held = room(read_decoder(model), block_size)
+    held = room(read(model), block_size)
     held.step({2: texts[2][:11]})
     found = held.step({0: texts[0][:13], 1: texts[1], 2: texts[2][11:29]})
     places = ((0, 12), (1, 4), (2, 28))
@@ -53,19 +76,19 @@ def test_ragged_batch_of_prompts_chunks_and_decoding(family: str, block_size: in
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_greedy_tokens_are_those_of_generate(family: str) -> None:
+def test_greedy_tokens_are_those_of_generate(family: str, read: Read) -> None:
     model = build(family)
     asked, count = prompt(17), 40
     expected = model.generate(torch.tensor([asked]), max_new_tokens=count, do_sample=False)[0, len(asked) :].tolist()
-    held = room(read_decoder(model), 16)
+    held = room(read(model), 16)
     assert greedy(held, asked, count) == expected
 
 
-def test_two_hundred_greedy_tokens() -> None:
+def test_two_hundred_greedy_tokens(read: Read) -> None:
     model = build("llama")
     asked, count = prompt(30), 200
     expected = model.generate(torch.tensor([asked]), max_new_tokens=count, do_sample=False)[0, len(asked) :].tolist()
-    decoder = read_decoder(model)
+    decoder = read(model)
     for block_size, blocks in ((16, 16), (230, 1)):
         assert greedy(Sequences(decoder, block_size, blocks), asked, count) == expected
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ds_inference.decoder.batch import Batch
-from ds_kernels.ops.decode.model import DecodeLayer, DecodeModel
+from ds_kernels import DecodeLayer, DecodeModel
 
 __all__ = ["softcapped_attention"]
 

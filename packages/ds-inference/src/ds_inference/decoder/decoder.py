@@ -1,7 +1,14 @@
-"""`Decoder`: a model as data, and the forward pass over it."""
+"""`Decoder`: a model as data, and the forward pass over it.
+
+Two ways compute the same: the *operations* of `forward` take any batch; a *program* (`ds_kernels.bind_decode`) takes
+steps of one token for each of a few sequences and runs through all layers at once. A program is bound to one cache and
+lives as long as that.
+"""
 
 from __future__ import annotations
 
+import logging
+import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -13,9 +20,14 @@ from ds_inference.decoder.batch import Batch
 from ds_inference.decoder.cache import KVCache
 from ds_inference.decoder.forward import Forward
 from ds_inference.decoder.parallel import Parallel
-from ds_kernels.ops.decode.model import DecodeModel
+from ds_kernels import DecodeModel, DecodeProgram, KernelArgumentError, bind_decode
 
 __all__ = ["Decoder"]
+
+logger = logging.getLogger(__name__)
+
+PROGRAM_ROWS = 16
+"""Sequences of a step up to which a program is the faster way."""
 
 
 class Decoder:
@@ -27,6 +39,7 @@ class Decoder:
         dtype, device: of the weights (of what is computed with, when they are quantised).
         communicator: the tensor-parallel group's; None: one rank has it all.
         activation_bits: of what goes into quantised layers; None: as it is.
+        fused: whether programs are used where they can be; set it to False for the operations alone.
     """
 
     def __init__(
@@ -49,6 +62,8 @@ class Decoder:
         self.device: torch.device = weight.device
         self.communicator: Communicator | None = None if parallel is None else parallel.communicator
         self.activation_bits = activation_bits
+        self.fused = False
+        self._programs: weakref.WeakKeyDictionary[KVCache, DecodeProgram] = weakref.WeakKeyDictionary()
 
     @property
     def model(self) -> DecodeModel:
@@ -80,13 +95,33 @@ class Decoder:
         Returns:
             fp32 logits [n, vocabulary] of the tokens of `batch.logits_at`, or [T, vocabulary] of all.
         """
+        if self.fused and batch.cu_seqlens is None and 0 < len(batch.tokens) <= PROGRAM_ROWS:
+            program = self._program(cache)
+            if program is not None:
+                inputs = (batch.tokens, batch.positions, batch.slots, batch.block_tables, batch.context_lens)
+                logits = program(*inputs)  # its own buffer, which the next step writes over
+                return logits.clone() if batch.logits_at is None else logits[batch.logits_at]
         return self._computed(batch, cache.k, cache.v)
+
+    def _program(self, cache: KVCache) -> DecodeProgram | None:
+        """The one bound to this cache; None: there cannot be any, which is told once."""
+        program = self._programs.get(cache)
+        if program is None:
+            try:
+                program = bind_decode(self.model, cache.k, cache.v, PROGRAM_ROWS, activation_bits=self.activation_bits)
+            except KernelArgumentError as error:
+                self.fused = False
+                logger.warning("decoding runs operation by operation, not as one program: %s", error)
+                return None
+            self._programs[cache] = program
+        return program
 
     def revert(self) -> None:
         """Give the model's parameters their own, separate storage back, to the bit; this decoder ends.
 
         Layers that were quantised stay so: their codes are what is given back.
         """
+        self._programs.clear()
         self._forward = None  # else every fused weight would live until the last parameter has moved
         for restore in self._restore:
             restore()

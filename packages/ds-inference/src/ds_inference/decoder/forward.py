@@ -17,8 +17,22 @@ from torch import Tensor
 from ds_inference.decoder.attention import softcapped_attention
 from ds_inference.decoder.batch import Batch
 from ds_inference.decoder.parallel import Parallel
-from ds_kernels import QuantizedWeight, geglu, layer_norm, linear, paged_attention, rms_norm, rope, swiglu, write_kv
-from ds_kernels.ops.decode.model import Activation, DecodeLayer, DecodeModel, Norm, Projection
+from ds_kernels import (
+    DecodeLayer,
+    DecodeModel,
+    Norm,
+    Projection,
+    QuantizedWeight,
+    geglu,
+    layer_norm,
+    linear,
+    paged_attention,
+    rms_norm,
+    rope,
+    swiglu,
+    write_kv,
+)
+from ds_kernels.ops.decode.model import Activation
 
 __all__ = ["Forward"]
 

@@ -17,7 +17,8 @@ from ds_inference.decoder.rope import rope_tables
 from ds_inference.decoder.weights import WeightReader, dtype_of, inputs_of, outputs_of
 from ds_inference.errors import ModelError
 from ds_inference.quantization import QuantizationSpec
-from ds_kernels.ops.decode.model import Activation, DecodeLayer, DecodeModel, RopeTable
+from ds_kernels import DecodeLayer, DecodeModel, RopeTable
+from ds_kernels.ops.decode.model import Activation
 
 __all__ = ["read_decoder"]
 

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from ds_inference.errors import ModelError
-from ds_kernels.ops.decode.model import RopeTable
+from ds_kernels import RopeTable
 
 __all__ = ["rope_tables"]
 

@@ -29,8 +29,7 @@ from ds_inference.tp.layers import (
     VocabParallelEmbedding,
     VocabParallelHead,
 )
-from ds_kernels import QuantizedWeight
-from ds_kernels.ops.decode.model import Norm, Projection
+from ds_kernels import Norm, Projection, QuantizedWeight
 
 __all__ = ["WeightReader", "dtype_of", "inputs_of", "outputs_of"]
 
