@@ -91,6 +91,7 @@ CLIENT_TESTS = [
     "deepspeed/tests/clients",
     "ds-kernels/tests/patch",
     "ds-inference/tests/decoder",
+    "ds-inference/tests/hf",
     "ds-inference/tests/tp/test_models.py",
     "ds-kernels/tests/test_transformer.py",
     "ds-pipe/tests/test_huggingface.py",

@@ -59,9 +59,18 @@ class DecodeLoop:
     def understands(self, model_kwargs: Any) -> bool:
         """Whether the model's inputs are tokens, mask and positions alone, from the start."""
         past = model_kwargs.get("past_key_values")
-        return not any(value is not None and key not in _UNDERSTOOD for key, value in model_kwargs.items()) and (
-            past is None or past.get_seq_length() == 0
-        )
+        if any(value is not None and key not in _UNDERSTOOD for key, value in model_kwargs.items()):
+            return False
+        return (past is None or past.get_seq_length() == 0) and self._fits(model_kwargs.get("attention_mask"))
+
+    def _fits(self, mask: Tensor | None) -> bool:
+        """Every row has a token; and padding stands on the left where windows count columns."""
+        if mask is None:
+            return True
+        if mask.dim() != 2 or not bool(mask.any(1).all()):
+            return False
+        windows = any(layer.window is not None for layer in self.decoder.model.layers)
+        return not windows or bool((mask[:, 1:] >= mask[:, :-1]).all())
 
     def run(
         self,
