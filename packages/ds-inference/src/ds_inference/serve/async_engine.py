@@ -221,8 +221,10 @@ class AsyncLLM:
     async def close(self, seconds: float = 0.0) -> None:
         """Drain for so long, then end the worker; jobs that are left raise CapacityError in their streams."""
         await self.drain(seconds)
-        self._closing = True
         self.abort_all()
+        with self._wake:
+            self._closing = True
+            self._wake.notify()
         if self._worker is not None:
             await asyncio.to_thread(self._worker.join)
 
