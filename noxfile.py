@@ -30,7 +30,7 @@ SIBLINGS = {
     "deepspeed": ("ds-comm", "ds-kernels", "ds-zero", "ds-pipe", "ds-inference"),
 }
 # A package that behaves otherwise with an extra is tested both ways: all tests without it, the marked ones with it.
-TESTED = [*SIBLINGS, "ds-comm[cpu]", "ds-zero[cpu]", "ds-kernels[cpu]", "ds-kernels[triton]"]
+TESTED = [*SIBLINGS, "ds-comm[cpu]", "ds-zero[cpu]", "ds-kernels[cpu]", "ds-kernels[triton]", "ds-inference[serve]"]
 PYTHONS = ["3.10", "3.11", "3.12", "3.13"]
 TEST_TOOLS = ["pytest>=8", "pytest-timeout>=2.3", "hypothesis>=6.100"]
 # Two ranks on two cores: more threads than that only get in each other's way.
@@ -72,6 +72,8 @@ def tests(session: nox.Session, package: str) -> None:
         run_tests(session, name, "-m", "aot")
         run_tests(session, name, "-m", "interpreter", TRITON_INTERPRET="1")
     elif extra:
+        if extra == "serve]":
+            install(session, "openai")  # the official client of what is served
         run_tests(session, name, "-m", f"{extra[:-1]}_extra")
     else:
         run_tests(session, name)
