@@ -53,6 +53,7 @@ if TYPE_CHECKING:
         DeepSpeedSchedulerCallable,
     )
     from deepspeed.runtime.config import DeepSpeedConfig
+    from deepspeed.tensor_parallel import set_autotp_mode, tp_model_init
     from deepspeed.utils.init_on_device import OnDevice
     from deepspeed.utils.logging import log_dist, logger
     from ds_inference import DeepSpeedInferenceConfig, InferenceEngine, default_inference_config, init_inference
@@ -97,7 +98,9 @@ _NAMES = {
     "logger": "deepspeed.utils.logging:logger",
     "replace_transformer_layer": "ds_inference.inject:replace_transformer_layer",
     "revert_transformer_layer": "ds_inference.inject:revert_transformer_layer",
+    "set_autotp_mode": "deepspeed.tensor_parallel:set_autotp_mode",
     "set_optimizer_flags": "deepspeed.optimizers:set_optimizer_flags",
+    "tp_model_init": "deepspeed.tensor_parallel:tp_model_init",
     "zero": "deepspeed.runtime.zero",
 }
 _SUBMODULES = (
@@ -116,7 +119,6 @@ _SUBMODULES = (
     "runtime",
     "utils",
 )
-_TENSOR_PARALLEL = "tensor parallelism, a later part of ds-inference"
 _LATER = {
     "DeepSpeedHybridEngine": "ds-inference",
     "DualPipeVEngine": "ds-pipe",
@@ -124,8 +126,6 @@ _LATER = {
     "linear": "ds-kernels",
     "moe": "mixture of experts, a later part of ds-zero",
     "sequence": "sequence parallelism, a later part of ds-zero",
-    "set_autotp_mode": _TENSOR_PARALLEL,
-    "tp_model_init": _TENSOR_PARALLEL,
 }
 
 _get, __dir__ = attach(__name__, _NAMES, _SUBMODULES, _LATER)
@@ -195,7 +195,9 @@ __all__ = [
     "replace_transformer_layer",
     "revert_transformer_layer",
     "runtime",
+    "set_autotp_mode",
     "set_optimizer_flags",
+    "tp_model_init",
     "utils",
     "zero",
 ]

@@ -23,9 +23,11 @@ from torch import Tensor, nn
 
 import ds_comm
 import ds_zero
+from deepspeed import _tensor_checkpoint as tensor_parts
 from deepspeed.__about__ import __version__
 from deepspeed.events import CallbackList, EngineView
 from deepspeed.utils.logging import logger
+from ds_inference import AppliedPlan
 from ds_zero import checkpoint as store
 
 __all__ = [
@@ -56,6 +58,7 @@ class Scope:
         layout: how many ranks each axis has ("pipe", "data"); random numbers are resumed at the same only.
         parts: the group along which the model lies in parts (None: every data-parallel rank knows all of its names).
         stores_buffers: whether this rank saves its buffers; None: the first rank does.
+        tensor: how the model lies in parts along a tensor-parallel group, each saved by itself; None: it does not.
     """
 
     group: Any
@@ -63,6 +66,7 @@ class Scope:
     layout: dict[str, int]
     parts: Any = None
     stores_buffers: bool | None = None
+    tensor: AppliedPlan | None = None
 
 
 class EngineState(EngineView, Protocol):
@@ -112,29 +116,37 @@ def save(
         logger.warning("checkpoint %s inside an accumulation: gradients since the last step are not part of it", tag)
     segments = optimizer.export_state() if training else engine.sharded.parameter_segments()
     scope = engine.checkpoint_scope
+    place, name = os.fspath(directory), tag
+    if scope.tensor is not None:
+        tensor_parts.agree_on_tag(scope.tensor, tag)
+        place, name = os.path.join(place, tag), tensor_parts.folder_of(scope.tensor)
     pending = store.save(
-        directory,
-        tag,
+        place,
+        name,
         segments,
         shard_map=scope.shard_map,
         extra=_extra(engine, client_state),
         rank_extra={"rng": _rng_state()},
         buffers=_buffers(engine.module),
         stores_buffers=scope.stores_buffers,
-        duplicates=engine.sharded.duplicate_names,
+        duplicates=engine.sharded.duplicate_names if scope.tensor is None else frozenset(),
         group=scope.group,
-        save_latest=save_latest,
+        save_latest=save_latest and scope.tensor is None,
         exclude_frozen=exclude_frozen,
         gate=optimizer.gate if training else None,
     )
     engine.pending_save = pending
+    if scope.tensor is not None:  # `latest` may only move when all parts are there
+        engine.pending_save = None
+        first = scope.tensor.rank == 0 and ds_comm.get_rank(scope.group) == 0
+        tensor_parts.finish_save(scope.tensor, pending, directory, tag, save_latest and first)
     engine.callbacks.on_save(engine, str(directory), tag)
     return True
 
 
 def _check_whole(engine: EngineState) -> None:
     """Ranks that share the model in other ways than data parallelism would overwrite each other's files."""
-    if engine.mp_world_size > 1:
+    if engine.mp_world_size > 1 and engine.checkpoint_scope.tensor is None:
         raise ds_zero.CheckpointError(
             f"checkpoints of a model that {engine.mp_world_size} model-parallel ranks share are not supported yet; save"
             " each part's module_state_dict() under a name of its own"
@@ -238,6 +250,18 @@ def load(
     """See DeepSpeedEngine.load_checkpoint."""
     _check_whole(engine)
     tag = None if tag is None else str(tag)
+    saved_to, scope = directory, engine.checkpoint_scope
+    if scope.tensor is not None:
+        if custom_load_fn is not None:
+            raise ds_zero.CheckpointError(
+                "custom_load_fn takes the whole model's state, of which each tensor-parallel rank loads a part; use"
+                " load_module_state_dict with the whole state dict"
+            )
+        found = tensor_parts.place_of_tag(scope.tensor, directory, tag)
+        if found is None:
+            logger.warning("no file 'latest' in %s and no tag given; nothing is loaded", directory)
+            return None, None
+        directory, tag, called = found
     optimizer = engine.optimizer
     training = isinstance(optimizer, ds_zero.ZeroOptimizer)
     targets = (
@@ -248,9 +272,9 @@ def load(
     loaded = store.load(
         directory,
         targets,
-        shard_map=engine.checkpoint_scope.shard_map,
+        shard_map=scope.shard_map,
         tag=tag,
-        group=engine.checkpoint_scope.group,
+        group=scope.group,
         weights_only=not optimizer_states or not training,
         strict=strict and custom_load_fn is None,
         allow_pickle=allow_pickle,
@@ -274,7 +298,7 @@ def load(
         engine.lr_scheduler.load_state_dict(extra["lr_scheduler"])
     if not module_only:
         _load_progress(engine, loaded)
-    engine.callbacks.on_load(engine, str(directory), loaded.tag)
+    engine.callbacks.on_load(engine, str(saved_to), loaded.tag if scope.tensor is None else called)
     state = {**extra.get("counters", {}), "ds_version": extra.get("ds_version"), **extra.get("client_state", {})}
     return str(loaded.path), state
 
@@ -370,6 +394,9 @@ def consolidated_state_dict(engine: EngineState, exclude_frozen: bool = False) -
         return None
     state.update({name: value.detach().cpu().clone() for name, value in _buffers(engine.module).items()})
     state = {name: state[name] for name in engine.module.state_dict() if name in state}
+    tensor = engine.checkpoint_scope.tensor
+    if tensor is not None:
+        return tensor_parts.joined_state(tensor, state)
     parts = engine.checkpoint_scope.parts
     return state if parts is None else _join_parts(state, parts)
 
@@ -405,7 +432,11 @@ def save_16bit_model(
         return False
     state = consolidated_state_dict(engine, exclude_frozen)
     error = [None if state is None else _write_model(state, Path(directory) / filename)]
-    ds_comm.broadcast_object_list(error, src=_first_rank(engine), group=engine.checkpoint_scope.group)
+    scope = engine.checkpoint_scope
+    if scope.tensor is not None:
+        group = scope.tensor.communicator.group
+        ds_comm.broadcast_object_list(error, src=ds_comm.get_all_ranks_from_group(group)[0], group=group)
+    ds_comm.broadcast_object_list(error, src=_first_rank(engine), group=scope.group)
     if error[0] is not None:
         raise ds_zero.CheckpointError(f"{filename} was not written to {directory}: {error[0]}")
     return True
@@ -444,11 +475,14 @@ def _untied(state: dict[str, Tensor]) -> dict[str, Tensor]:
 def load_module(
     engine: EngineState, state: dict[str, Any], strict: bool, custom_load_fn: Callable[..., Any] | None
 ) -> None:
-    """Full tensors into parameters (and masters) and buffers; every rank passes the same."""
+    """Full tensors into parameters (and masters) and buffers; every rank passes the same (whole) model's."""
     module = engine.module
     if engine.checkpoint_scope.parts is not None:  # the state of the whole model is given, and this is a part of it
         own = module.state_dict()
         state = {name: value for name, value in state.items() if name in own}
+    tensor = engine.checkpoint_scope.tensor
+    if tensor is not None:
+        state = tensor.cut_state_dict(state)
     with ds_zero.GatheredParameters(list(module.parameters()), modifier_rank=0):
         if custom_load_fn is not None:
             custom_load_fn(src=state, dst=module)

@@ -29,6 +29,7 @@ from deepspeed.dataloader import DeepSpeedDataLoader
 from deepspeed.events import Callback, CallbackList
 from deepspeed.monitor.monitor import MonitorMaster
 from deepspeed.progress import BACKWARD, FORWARD, STEP, progress_listeners
+from deepspeed.tensor_parallel import applied_to, model_part
 from deepspeed.timers import NoopTimer, SynchronizedWallClockTimer, ThroughputTimer
 from deepspeed.utils import groups
 from deepspeed.utils.logging import log_dist
@@ -115,13 +116,13 @@ class DeepSpeedEngine(ConfigGetters, nn.Module):
 
     def _sharding(self) -> dict[str, Any]:
         """Further arguments of `ds_zero.shard`."""
-        return {}
+        return {"part": model_part(self.module)}
 
     @property
     def checkpoint_scope(self) -> checkpoint_io.Scope:
         """Which ranks save and load together, and what of the model lies where."""
-        layout = {"pipe": 1, "data": self.dp_world_size}
-        return checkpoint_io.Scope(self.data_parallel_group, self.sharded.shard_map, layout)
+        layout, tensor = {"pipe": 1, "data": self.dp_world_size}, applied_to(self.module)
+        return checkpoint_io.Scope(self.data_parallel_group, self.sharded.shard_map, layout, tensor=tensor)
 
     def __getattr__(self, name: str) -> Any:
         """Attributes that the engine lacks are the model's."""

@@ -21,6 +21,7 @@ from deepspeed.lr_schedules import make_schedule
 from deepspeed.optimizers import build_optimizer
 from deepspeed.pipeline_engine import PipelineEngine
 from deepspeed.settings import apply_settings
+from deepspeed.tensor_parallel import applied_to, grid_of, requested, split_model
 from deepspeed.utils import groups
 from ds_pipe import PipelineModule, PipelineParallelGrid
 
@@ -72,6 +73,10 @@ def initialize(
     group = None
     if isinstance(model, PipelineModule):
         engine_class, mpu = PipelineEngine, _grid(model, mpu)
+    tensor = requested(model, config, args, config_params)
+    if tensor.size > 1:
+        _check_splittable(model)
+        mpu = grid_of(tensor, mpu)
     if mpu is not None:
         groups.mpu = mpu
         group = groups._get_data_parallel_group()
@@ -81,8 +86,11 @@ def initialize(
         device_type=ds_comm.device.device_type(),
         args=args,
         config_params=config_params,
+        arguments=tensor.arguments,
     )
     _check_precision(resolved)
+    if tensor.size > 1:
+        split_model(model, tensor, resolved, mpu, optimizer)
     apply_settings(resolved, mpu)
     basic = _basic_optimizer(resolved, optimizer, model_parameters, model)
     device_rank = getattr(args, "device_rank", None)
@@ -101,6 +109,17 @@ def initialize(
     if training_data is not None:
         engine.training_dataloader = engine.deepspeed_io(training_data)
     return engine, engine.optimizer, engine.training_dataloader, engine.lr_scheduler
+
+
+def _check_splittable(model: nn.Module) -> None:
+    """Refuse what tensor parallelism does not go with, before anything is made."""
+    if isinstance(model, PipelineModule):
+        raise DeepSpeedConfigError(
+            "tensor_parallel inside a pipeline stage is not supported yet; set tensor_parallel.autotp_size to 0, or"
+            " give the model itself instead of a PipelineModule"
+        )
+    if applied_to(model) is not None:
+        raise DeepSpeedConfigError("this model is split over tensor-parallel ranks already; build it anew")
 
 
 def _grid(model: PipelineModule, mpu: Any) -> PipelineParallelGrid:

@@ -217,7 +217,19 @@ SUPPORT: Mapping[str, Support] = MappingProxyType(
         "csv_monitor.*": Support("works"),
         "comet.*": Support("works"),
         "timers.*": Support("works"),
-        "tensor_parallel.*": Support("unsupported", _PARALLEL),
+        "tensor_parallel.*": Support("works"),
+        "tensor_parallel.dtype": Support("works", "checked against the dtype that the config trains in"),
+        "tensor_parallel.tensor_parallel.*": Support("works"),
+        "tensor_parallel.tensor_parallel.mpu": Support("no-op", "give it to initialize(mpu=...)"),
+        "tensor_parallel.tp_overlap_comm": Support("no-op", "overlap never changes results"),
+        "tensor_parallel.preset_model": Support("no-op", "the plan is made from names and shapes, for every family"),
+        "tensor_parallel.keep_module_on_host": Support("unsupported", "give initialize a model on the CPU or on meta"),
+        "tensor_parallel.replace_with_kernel_inject": Support(
+            "unsupported", "use ds_kernels.patch.apply_kernels before initialize"
+        ),
+        "tensor_parallel.vocab_parallel_ce_backend": Support(
+            "no-op", "logits are gathered before the loss, which is the model's own"
+        ),
         "expert_parallel.*": Support("unsupported", _PARALLEL),
         "compile.*": Support("unsupported", "use engine.compile(), which needs no section"),
         "hybrid_engine.*": Support("unsupported", "comes with ds-inference"),

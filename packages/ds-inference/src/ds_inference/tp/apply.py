@@ -64,12 +64,14 @@ def plan_model(
     injection_policy: Any = None,
     grain: int = 64,
     shard_vocabulary: bool = True,
+    training: bool = False,
 ) -> TensorParallelPlan:
     """What each of `num_ranks` ranks would hold of a model, to be printed or applied; nothing is changed.
 
     Args:
         facts: heads and vocabulary; default: from the model's transformers configuration.
         rules: what is known better than from names; see `plan_tensor_parallel`.
+        training: also refuse what could run, but not be trained.
         injection_policy: upstream's form of such rules, {module class: names of its row-parallel layers}.
     Raises:
         ModelError: it cannot be split like this, and why.
@@ -88,6 +90,8 @@ def plan_model(
         check_attention(model, plan)
         check_ties(model, plan)
         _check_stacked(model, plan)
+        if training:
+            _check_countable(plan)
     return plan
 
 
@@ -150,6 +154,16 @@ def _planned(
         return plan
     except ModelError as error:
         return error
+
+
+def _check_countable(plan: TensorParallelPlan) -> None:
+    """A parameter that is partly this rank's own and partly a copy could not be counted once in a norm."""
+    fused = [entry.module.name for entry in plan.entries if entry.unit in ("qkv", "groups")]
+    if plan.heads.copied and fused:
+        raise ModelError(
+            f"{fused[0]} would hold a rank's own query heads and copies of key/value heads in one parameter, which "
+            f"cannot be trained; use at most {plan.heads.num_kv_heads} tensor-parallel ranks"
+        )
 
 
 def _check_stacked(model: nn.Module, plan: TensorParallelPlan) -> None:
