@@ -94,6 +94,8 @@ CLIENT_TESTS = [
     "ds-kernels/tests/patch",
     "ds-inference/tests/decoder",
     "ds-inference/tests/hf",
+    "ds-inference/tests/serve/test_llm.py",
+    "ds-inference/tests/serve/test_text.py",
     "ds-inference/tests/tp/test_models.py",
     "ds-kernels/tests/test_transformer.py",
     "ds-pipe/tests/test_huggingface.py",

@@ -165,7 +165,7 @@ def test_a_dead_engine_says_so_to_everybody(caplog: pytest.LogCaptureFixture) ->
         while engine.state != "dead":
             await asyncio.sleep(0.005)
         assert not engine.healthy
-        with pytest.raises(RuntimeError, match="dead.*the device is gone"):
+        with pytest.raises(RuntimeError, match=r"dead.*the device is gone"):
             await engine.submit(list(b"abc"), greedy(5))
 
     core = make_core(max_running=1)

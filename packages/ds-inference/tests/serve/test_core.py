@@ -191,7 +191,7 @@ def test_steps_that_keep_failing_end_it() -> None:
         core.add(f"job{number}", list(b"abc"), greedy(2))
     core.step()
     core.step()
-    with pytest.raises(RuntimeError, match="3 steps in a row.*the device is gone"):
+    with pytest.raises(RuntimeError, match=r"3 steps in a row.*the device is gone"):
         core.step()
     check_empty(core)
 

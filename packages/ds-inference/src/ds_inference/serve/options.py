@@ -8,6 +8,7 @@ transformers reads (an optional dependency: only needed for paths). The cache ta
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from os import PathLike
 from pathlib import Path
@@ -18,6 +19,7 @@ from torch import nn
 
 from ds_inference.decoder import Decoder, KVCache, read_decoder
 from ds_inference.errors import CheckpointError, ConfigError
+from ds_inference.quantization import QuantizationSpec
 from ds_inference.serve.blocks import BlockManager
 from ds_inference.serve.core import ServingCore
 from ds_inference.serve.scheduler import SchedulerLimits
@@ -46,8 +48,8 @@ class ServingOptions:
     """Of a model that is read from a path; None: the checkpoint's own (bf16 for GGUF)."""
     device: str | torch.device | None = None
     """Where a model from a path goes; None: the accelerator if there is one, else the CPU."""
-    quantization: Any = None
-    """Weight-only quantisation, as `read_decoder` takes it."""
+    quantization: str | Mapping[str, Any] | QuantizationSpec | None = None
+    """Weights are quantised to "int8", "int4", or as `QuantizationSpec.parse` says."""
     max_length: int | None = None
     """Tokens of a prompt and its answer together; None: the model's positions."""
     max_running: int = 64
@@ -104,8 +106,7 @@ def build_core(model: Model, options: ServingOptions, tokenizer: Any = None) -> 
         model, found = _read(Path(model), options)
         tokenizer = found if tokenizer is None else tokenizer
     eos = _end_tokens(model)
-    how = {} if options.quantization is None else {"quantization": options.quantization}
-    decoder = model if isinstance(model, Decoder) else read_decoder(model, **how)
+    decoder = _decoder(model, options)
     codec: TextCodec | None = HuggingFaceCodec(tokenizer) if hasattr(tokenizer, "eos_token_id") else tokenizer
     length = _length(decoder, options)
     num_blocks = _num_blocks(decoder, options, length)
@@ -119,6 +120,14 @@ def build_core(model: Model, options: ServingOptions, tokenizer: Any = None) -> 
         max_queued_tokens=options.max_queued_tokens,
     )
     return ServingCore(decoder, cache, blocks, limits, codec, eos)
+
+
+def _decoder(model: nn.Module | Decoder, options: ServingOptions) -> Decoder:
+    if not isinstance(model, Decoder):
+        return read_decoder(model, QuantizationSpec.parse(options.quantization))
+    if options.quantization is not None:
+        raise ConfigError("a Decoder is quantised when it is read; give read_decoder the quantization, or a model here")
+    return model
 
 
 def _length(decoder: Decoder, options: ServingOptions) -> int:
