@@ -104,8 +104,9 @@ CLIENT_TESTS = [
 
 @nox.session
 def clients(session: nox.Session) -> None:
-    """The tests that need transformers and accelerate, which no package declares: everywhere else they are skipped."""
-    install(session, *from_checkout("deepspeed"), *TEST_TOOLS, "transformers", "accelerate")
+    """The tests that need transformers and what stands on it, which no package declares: skipped everywhere else."""
+    trainers = ["accelerate", "lightning", "peft", "transformers", "trl"]
+    install(session, *from_checkout("deepspeed"), *TEST_TOOLS, *trainers)
     tests = (str(ROOT / "packages" / path) for path in CLIENT_TESTS)
     session.run("python", "-m", "pytest", *tests, *session.posargs, env=ENVIRONMENT)
 
