@@ -12,13 +12,10 @@ import os
 from pathlib import Path
 from typing import Any
 
-import torch
-
-os.environ.setdefault("PL_DISABLE_FORK", "1")
-
 import lightning
 import lightning.fabric.strategies.deepspeed as fabric_strategy
 import lightning.pytorch.strategies.deepspeed as trainer_strategy
+import torch
 from lightning.fabric import Fabric
 from lightning.fabric.plugins.environments import TorchElasticEnvironment
 

@@ -1,4 +1,4 @@
-"""Trains a tiny causal language model through a Hugging Face trainer; run by test_trainers.py, with and without DeepSpeed.
+"""Trains a tiny causal language model through a Hugging Face trainer; test_trainers.py runs it, with and without us.
 
 What a user's script would hold, but for two lines that a CPU needs: the process group is made before the arguments
 (transformers asks torch for a GPU backend otherwise), and the trainer is told to use it.
@@ -12,6 +12,10 @@ import os
 from pathlib import Path
 from typing import Any
 
+import torch
+from accelerate.state import AcceleratorState, PartialState
+from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
+
 parser = argparse.ArgumentParser()
 parser.add_argument("kind", choices=["full", "lora", "sft", "resize"])
 parser.add_argument("model", type=Path)
@@ -21,15 +25,8 @@ parser.add_argument("--bf16", action="store_true")
 parser.add_argument("--accumulation", type=int, default=1)
 options = parser.parse_args()
 if options.stage is not None:
-    from accelerate import PartialState
-
     os.environ["ACCELERATE_USE_DEEPSPEED"] = "true"
     PartialState(backend="gloo")
-
-import torch
-from accelerate.state import AcceleratorState
-from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
-
 RANKS = int(os.environ.get("WORLD_SIZE", "1"))
 
 
