@@ -62,7 +62,7 @@ class Decoder:
         self.device: torch.device = weight.device
         self.communicator: Communicator | None = None if parallel is None else parallel.communicator
         self.activation_bits = activation_bits
-        self.fused = False
+        self.fused = self.communicator is None and self.device.type == "cpu"
         self._programs: weakref.WeakKeyDictionary[KVCache, DecodeProgram] = weakref.WeakKeyDictionary()
 
     @property
