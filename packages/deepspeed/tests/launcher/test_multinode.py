@@ -148,7 +148,8 @@ def test_helper_translates_the_identity_and_becomes_the_program(tmp_path, launch
     values = dict(zip(IDENTITIES[launcher], ("5", "1", "8", "4"), strict=True))
     script = tmp_path / "show.py"
     script.write_text(
-        "import json, os, sys\nassert '--local_rank=1' in sys.argv\nprint(json.dumps([os.getpid(), sys.argv[1:], dict(os.environ)]))\nsys.exit(3)\n"
+        "import json, os, sys\nassert '--local_rank=1' in sys.argv\n"
+        "print(json.dumps([os.getpid(), sys.argv[1:], dict(os.environ)]))\nsys.exit(3)\n"
     )
     arguments = ["--launcher", launcher, str(script), "--launcher", "x y"]
     process = subprocess.Popen(
