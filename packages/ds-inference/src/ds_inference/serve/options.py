@@ -192,4 +192,4 @@ def _read(path: Path, options: ServingOptions) -> tuple[nn.Module, Any]:
     except (OSError, ValueError) as error:
         raise CheckpointError(f"model {str(path)!r} cannot be read: {error}") from error
     accelerator = torch.accelerator.current_accelerator(check_available=True)
-    return nn.Module.to(model, options.device or accelerator or "cpu").eval(), tokenizer
+    return nn.Module.to(model, options.device or accelerator or "cpu").train(False), tokenizer
