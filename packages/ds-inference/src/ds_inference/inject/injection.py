@@ -87,21 +87,22 @@ def inject(model: nn.Module, quantization: QuantizationSpec | None = None) -> In
     """
     if injection_of(model) is not None:
         raise ModelError(f"{type(model).__name__} has kernels injected already; revert that first")
+    generates = _is_causal_lm(model)
+    if not generates and not has_encoder(model):
+        raise ModelError(_unknown(model))
     injection = Injection(model)
     probe = Probe(model)
     try:
-        if _is_causal_lm(model):
+        if generates:
             injection.decoder = read_decoder(model) if quantization is None else read_decoder(model, quantization)
             injection.replaced["decoder"] = [""]
-        elif has_encoder(model):
+        else:
             injection._encoders.append(fused := fuse_attentions(model))
             if not fused.names:
                 raise ModelError(
                     f"{type(model).__name__} has no attention with plain linear layers for query, key, value"
                 )
             injection.replaced["encoder layer"] = fused.names
-        else:
-            raise ModelError(_unknown(model))
         if quantization is None:
             _apply_kernels(injection)
         probe.check(model, injection.decoder, quantization)
