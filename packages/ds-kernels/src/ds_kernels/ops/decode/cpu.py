@@ -177,7 +177,7 @@ class _Room:
         prepared = _aligned(4 * max_rows * hidden)
         values = prepared + -(-max_rows // block) * block_nbytes
         item_out = values + _aligned(12 * widest + 256)
-        attention_at = item_out + 9 * item_width + 64 * 8
+        attention_at = item_out + 9 * item_width + 64 * 8 * (item_width // 4)
         tables = 16 * (span + 16 + 16)
         attention = 8 * (group * dim + 16) + 4 * group * (span + 16) + tables + 64 * (dim + 32)
         self.nbytes = _aligned(attention_at + attention) + 128

@@ -16,7 +16,7 @@ from ds_kernels._cpu.launch import step
 from ds_kernels._cpu.maths import tanh
 from ds_kernels._cpu.team import clear_next, invoke, share, take_from
 from ds_kernels.ops.decode import layout as at
-from ds_kernels.ops.decode.vector import WEIGHT_ROWS, rows_product
+from ds_kernels.ops.decode.vector import WEIGHT_ROWS, fold, rows_product
 from ds_kernels.ops.linear.cpu_numba import pack_row
 from ds_kernels.ops.linear.packing import copy_line
 from ds_kernels.ops.linear.vector import panel_dot
@@ -27,8 +27,11 @@ BLOCKS = (1, 2, 4, 8)
 """Activation rows of a pass over the weights."""
 PANEL = 16
 BF16 = 1
-AHEAD = 8192
+LINE = 64
+AHEAD = 16384
 """Bytes of dense weights that are prefetched ahead."""
+TILE_NBYTES = 20480
+"""Bytes of activations of a tile of columns."""
 
 
 @njit(inline="always")
@@ -76,18 +79,33 @@ def pack(p, values, row, block, planes, prepared, block_nbytes):
 
 
 def _dense(code, block):
-    """The product of an item of dense weights of a dtype with a block of activation rows."""
-    most = WEIGHT_ROWS[block]
+    """The product of an item of dense weights of a dtype with a block of activation rows.
+
+    Columns are taken in tiles whose activations stay in the first cache while the item's rows pass by; the sums of a
+    row wait in memory meanwhile, unfolded, so tiles change no bit.
+    """
+    most, size = WEIGHT_ROWS[block], 4 if code == 0 else 2
+    tile, sums_nbytes = TILE_NBYTES // (4 * block), LINE * WEIGHT_ROWS[block] * block
 
     @step
     def dense(record_at, start, count, x, results, width):
-        record = i64_at(record_at, at.PROJECTION)
-        columns = record[at.COLUMNS]
-        stride = columns * (4 if code == 0 else 2)
-        weight = record[at.WEIGHT] + start * stride
-        for i in range(0, count, most):
-            n = min(most, count - i)
-            rows_product(code, block, weight + i * stride, stride, n, AHEAD, x, columns, results + 4 * i, width)
+        columns = i64_at(record_at, at.PROJECTION)[at.COLUMNS]
+        stride = columns * size
+        weight = i64_at(record_at, at.PROJECTION)[at.WEIGHT] + start * stride
+        tiles = (columns + tile - 1) // tile
+        sums = results + 9 * width
+        for first in range(0, columns, tile):
+            part, ahead = min(tile, columns - first), AHEAD if tiles == 1 else 2 * most * stride
+            for i in range(0, count, most):
+                mine = sums + (i // most * sums_nbytes if tiles > 1 else 0)
+                if first == 0:
+                    zeros = f32_at(mine, sums_nbytes // 4)
+                    for j in range(sums_nbytes // 4):
+                        zeros[j] = np.float32(0.0)
+                place, n = weight + i * stride + size * first, min(most, count - i)
+                rows_product(code, block, place, stride, n, ahead, x + 4 * block * first, part, mine)
+                if first + part == columns:
+                    fold(block, mine, results + 4 * i, width)
 
     return dense
 

@@ -20,22 +20,22 @@ from numba.extending import intrinsic
 
 from ds_kernels.ops.linear.vector import FLOATS, I16, I32, I64, INTS, LANES, LINE, Emitter
 
-__all__ = ["CHUNK", "WEIGHT_ROWS", "rows_product", "square_sum", "value_sum"]
+__all__ = ["CHUNK", "WEIGHT_ROWS", "fold", "rows_product", "square_sum", "value_sum"]
 
 CHUNK = 32
 """Columns of a step: two vectors."""
-WEIGHT_ROWS = {1: 8, 2: 8, 4: 4, 8: 2}
-"""Weight rows of a call by activation rows: as many sums as registers hold beside what they are made of."""
+WEIGHT_ROWS = {1: 4, 2: 4, 4: 4, 8: 2}
+"""Weight rows of a call by activation rows: no more sums than registers hold, no more streams than memory likes."""
 F32, BF16, FP16 = 0, 1, 2
 
 
 @intrinsic(prefer_literal=True)
-def rows_product(_context, code, rows, weight, stride, count, ahead, x, columns, out, out_stride):
-    """out[rows][:count] (fp32) = packed activations times `count` rows of weights.
+def rows_product(_context, code, rows, weight, stride, count, ahead, x, columns, sums):
+    """sums[row][i] (vectors of fp32) += packed activations times `count` rows of weights, before the lanes are folded.
 
     Literals: dtype code of the weights and activation rows. Then addresses and numbers: the first weight row, bytes
-    between them, how many there are (up to WEIGHT_ROWS[rows]; out has room for all), bytes that are prefetched ahead,
-    the activations, columns, out and bytes between its rows.
+    between them, how many there are (up to WEIGHT_ROWS[rows]; sums has room for all), bytes that are prefetched ahead,
+    the activations, columns, the sums.
     """
     sizes = (code.literal_value, rows.literal_value)
 
@@ -43,12 +43,30 @@ def rows_product(_context, code, rows, weight, stride, count, ahead, x, columns,
         _emit(Emitter(context, builder), *sizes, *args[2:])
         return context.get_dummy_value()
 
-    return types.void(code, rows, *([types.int64] * 8)), codegen
+    return types.void(code, rows, *([types.int64] * 7)), codegen
+
+
+@intrinsic(prefer_literal=True)
+def fold(_context, rows, sums, out, out_stride):
+    """out[rows][WEIGHT_ROWS[rows]] (fp32, rows `out_stride` bytes apart) = the lanes of sums, added up."""
+    height = rows.literal_value
+    num = WEIGHT_ROWS[height]
+
+    def codegen(context: Any, builder: Any, _signature: Any, args: Any) -> Any:
+        e, (_, sums, out, out_stride) = Emitter(context, builder), args
+        totals = e.totals([e.load(e.at(sums, LINE * i), FLOATS, 4) for i in range(num * height)])
+        for row in range(height):
+            mask = ir.Constant(ir.VectorType(I32, num), [row * num + i for i in range(num)])
+            found = builder.shuffle_vector(totals, totals, mask)
+            e.store(builder.add(out, builder.mul(out_stride, I64(row))), found)
+        return context.get_dummy_value()
+
+    return types.void(rows, sums, out, out_stride), codegen
 
 
 def _emit(
     e: Emitter, code: int, rows: int,
-    weight: Any, stride: Any, count: Any, ahead: Any, x: Any, columns: Any, out: Any, out_stride: Any,
+    weight: Any, stride: Any, count: Any, ahead: Any, x: Any, columns: Any, state: Any,
 ) -> None:  # fmt: skip
     b, num, size = e.builder, WEIGHT_ROWS[rows], 4 if code == F32 else 2
     last = b.sub(count, I64(1))
@@ -75,25 +93,22 @@ def _emit(
 
     chunks = b.lshr(columns, I64(5))
     rest = b.and_(columns, I64(CHUNK - 1))
-    zeros = [ir.Constant(FLOATS, None)] * (num * rows)
-    sums = e.loop(chunks, 1, zeros, lambda chunk, sums: body(chunk, sums, lambda at: _whole(e, code, at), True))
-    before, tail, done = b.block, b.append_basic_block("tail"), b.append_basic_block("folded")
+    before = [e.load(e.at(state, LINE * i), FLOATS, 4) for i in range(num * rows)]
+    sums = e.loop(chunks, 1, before, lambda chunk, sums: body(chunk, sums, lambda at: _whole(e, code, at), True))
+    entry, tail, done = b.block, b.append_basic_block("tail"), b.append_basic_block("done")
     b.cbranch(b.icmp_signed(">", rest, I64(0)), tail, done)
     b.position_at_end(tail)
     after = body(chunks, list(sums), lambda at: _part(e, code, at, rest), False)
     end = b.block
     b.branch(done)
     b.position_at_end(done)
-    finals = []
-    for one, other in zip(sums, after, strict=True):
+    for i, (one, other) in enumerate(zip(sums, after, strict=True)):
         final = b.phi(FLOATS)
-        final.add_incoming(one, before)
+        final.add_incoming(one, entry)
         final.add_incoming(other, end)
-        finals.append(final)
-    totals = e.totals(finals)
-    for row in range(rows):
-        mask = ir.Constant(ir.VectorType(I32, num), [row * num + i for i in range(num)])
-        e.store(b.add(out, b.mul(out_stride, I64(row))), b.shuffle_vector(totals, totals, mask))
+        after[i] = final
+    for i, final in enumerate(after):
+        e.store(e.at(state, LINE * i), final)
 
 
 def _whole(e: Emitter, code: int, at: Any) -> tuple[Any, Any]:
