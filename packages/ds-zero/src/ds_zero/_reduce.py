@@ -30,18 +30,12 @@ from ds_comm import Communicator, ReduceWindow, Work
 from ds_zero._flat import FlatMemory
 from ds_zero._unit import GradKind, Unit
 from ds_zero._windows import WindowRing
+from ds_zero.buckets import bucket_limit, bucket_ranges, ring_depth
 from ds_zero.config import ZeroConfig
 from ds_zero.errors import ZeroStateError
-from ds_zero.layout import ALIGNMENT
 from ds_zero.precision import DTYPES
 
 __all__ = ["GradientReducer"]
-
-SHM_BUCKET_NUMEL = 1 << 20
-"""Largest bucket in shared memory: meetings are cheap there, and windows are memory."""
-
-SHM_DEPTH = 8
-"""Buckets that a rank may run ahead in shared memory, about two transformer blocks; elsewhere a unit is a bucket."""
 
 CHUNK_NUMEL = 1 << 18
 """Elements worked on at a time, so that passes over a gradient stay in the cache."""
@@ -97,7 +91,7 @@ class GradientReducer:
         self.divisor = config.gradient_accumulation_steps
         """Accumulation steps that the mean divides by."""
         self._accumulates = config.gradient_accumulation_steps > 1
-        self._ring = WindowRing(comm, SHM_DEPTH if comm.kind == "shm" else 2)
+        self._ring = WindowRing(comm, ring_depth(comm.kind))
         self._memory = self._gradient_memory()
 
     # -- a micro-batch -----------------------------------------------------------------------------------------
@@ -221,15 +215,9 @@ class GradientReducer:
         return self.comm.kind == "local" and unit.local is None and scale == 1.0 and same
 
     def _buckets(self, unit: Unit) -> Iterator[slice]:
-        """Ranges of columns, each a multiple of what the ranks share."""
-        bucket = self.config.reduce_bucket_size
-        if self.comm.kind == "shm":
-            bucket = min(bucket, SHM_BUCKET_NUMEL)
-        width = unit.layout.padded_numel // unit.num_rows
-        quantum = ALIGNMENT if unit.num_rows > 1 else ALIGNMENT * self.comm.size
-        step = max(bucket // unit.num_rows // quantum, 1) * quantum
-        for start in range(0, width, step):
-            yield slice(start, min(start + step, width))
+        """The columns of each bucket."""
+        limit = bucket_limit(self.comm.kind, self.config.reduce_bucket_size)
+        return bucket_ranges(unit.layout, unit.num_rows, limit)
 
     def _promote(self, unit: Unit) -> None:
         """A further gradient for a unit that holds a mean: back to an fp32 sum."""

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+from collections.abc import Mapping
 
 from ds_zero.layout import ShardMap, UnitLayout
 from ds_zero.shard import stage_parts
@@ -58,15 +59,22 @@ class StepCost:
     """The same for the global norm."""
     nbytes: int
     """Bytes of all messages, each counted whole, the norm included."""
+    wire_nbytes: float
+    """Bytes sent per rank on a ring, the norm included."""
 
 
 def memory_per_rank(
-    shard_map: ShardMap, stage: int, *, rank: int = 0, num_states: int = 2, accumulates: bool = False
+    shard_map: ShardMap,
+    stage: int,
+    *,
+    rank: int = 0,
+    num_states: int | Mapping[int, int] = 2,
+    accumulates: bool = False,
 ) -> MemoryCost:
     """Bytes per rank.
 
     Args:
-        num_states: optimizer values per element (Adam 2, AMSGrad 3, SGD with momentum 1).
+        num_states: optimizer values per element (Adam 2, AMSGrad 3, SGD with momentum 1), or those of each group.
         accumulates: gradients are summed over micro-batches, in fp32.
     """
     parts = stage_parts(stage)
@@ -80,7 +88,9 @@ def memory_per_rank(
             continue
         start, stop = shard_map.state_range(unit, rank)
         masters += MASTER_NBYTES * (stop - start) if unit.dtype != "float32" else 0
-        optimizer += MASTER_NBYTES * num_states * sum(segment.numel for segment in unit.segments(start, stop))
+        for segment in unit.segments(start, stop):
+            states = num_states if isinstance(num_states, int) else num_states[segment.group]
+            optimizer += MASTER_NBYTES * states * segment.numel
         gradients += (MASTER_NBYTES if accumulates else size) * (stop - start)
     return MemoryCost(parameters, masters, optimizer, gradients, largest)
 
@@ -89,13 +99,15 @@ def traffic_per_step(shard_map: ShardMap, stage: int, *, micro_batches: int = 1)
     """Collectives, ring traffic and bytes of one step (a forward and backward per micro-batch, then the update)."""
     parts, size = stage_parts(stage), shard_map.num_shards
     calls: collections.Counter[str] = collections.Counter()
-    wire = nbytes = 0
+    wire = nbytes = wire_nbytes = 0
 
     def add(op: str, unit: UnitLayout, times: int) -> None:
-        nonlocal wire, nbytes
+        nonlocal wire, nbytes, wire_nbytes
         calls[op] += times
         nbytes += times * unit.padded_numel * ITEMSIZE[unit.dtype]
-        wire += times * (2 if op == "all_reduce" else 1) * unit.shard_numel * (size - 1)
+        sent = times * (2 if op == "all_reduce" else 1) * unit.shard_numel * (size - 1)
+        wire += sent
+        wire_nbytes += sent * ITEMSIZE[unit.dtype]
 
     for unit in shard_map.units:
         sharded = parts.params and not unit.persistent
@@ -109,4 +121,5 @@ def traffic_per_step(shard_map: ShardMap, stage: int, *, micro_batches: int = 1)
     if parts.state:
         calls["all_reduce"] += 1  # the norm, one fp64 number
         nbytes += 8
-    return StepCost(dict(calls), wire, 2 * (size - 1) / size if parts.state else 0.0, nbytes)
+    scalars = 2 * (size - 1) / size if parts.state else 0.0
+    return StepCost(dict(calls), wire, scalars, nbytes, wire_nbytes + 8 * scalars)

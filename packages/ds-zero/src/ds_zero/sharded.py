@@ -22,21 +22,11 @@ from ds_zero._unit import Unit, UnitStatus
 from ds_zero.blocks import Block
 from ds_zero.config import ZeroConfig
 from ds_zero.errors import LayoutError, ZeroStateError
-from ds_zero.layout import FROZEN, ParamSpec, ShardMap, plan_shard_map
 from ds_zero.part import ModelPart
-from ds_zero.precision import DTYPES, dtype_name
+from ds_zero.planning import StageParts, parameter_names, plan_units
 from ds_zero.state import PARAM, StateSegment, UpdateGate
 
-__all__ = ["Place", "ShardedModel", "StageParts", "UnitHome", "place_of"]
-
-
-@dataclasses.dataclass(frozen=True)
-class StageParts:
-    """What of a unit is sharded. The number of the stage is not known beyond this."""
-
-    state: bool
-    """Masters, optimizer state, and reduced gradients (which exist only as the shard that updates the state)."""
-    params: bool
+__all__ = ["Place", "ShardedModel", "StageParts", "UnitHome", "merge_owners", "place_of"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -134,12 +124,10 @@ class ShardedModel:
         self.comm = comm
         self.parts = parts
         self.gate = UpdateGate()
-        self._names = _names(model)
+        self._names = parameter_names(model)
         _refuse_shared_memory(self._names)
         by_name = {names[0]: parameter for parameter, names in self._names.items()}
-        self.shard_map = self._plan(
-            [(block.name, [self._spec(p, groups) for p in block.parameters]) for block in blocks]
-        )
+        self.shard_map = plan_units(blocks, self._names, groups, config, parts, comm.size, model_part)
         comm.agree(self.shard_map.fingerprint(), label="shard map (every rank must build the same model and optimizer)")
         self._equalise(model)
         self.units: list[Unit] = []
@@ -159,50 +147,16 @@ class ShardedModel:
                 for block in blocks
                 for owner in block.owners
             ]
-            self.hooks = GatherHooks(model, _merge(owners), sharded, config, begin_forward)
+            self.hooks = GatherHooks(model, merge_owners(owners), sharded, config, begin_forward)
             self._adopt()
         else:
             self._root_hook = model.register_forward_pre_hook(lambda module, args: begin_forward(), prepend=True)
-
-    def _plan(self, blocks: Sequence[tuple[str, list[ParamSpec]]]) -> ShardMap:
-        size, config = self.comm.size, self.config
-        state_shards = size if self.parts.state else 1
-        if not blocks and self.model_part is not None:
-            return ShardMap((), size, state_shards)
-        return plan_shard_map(
-            blocks,
-            num_shards=size,
-            state_shards=state_shards,
-            persistence_threshold=config.param_persistence_threshold if self.parts.params else 0,
-            persistence_total=config.model_persistence_threshold // size if self.parts.params else None,
-        )
 
     @property
     def duplicate_names(self) -> frozenset[str]:
         """Names of the parameters that another part of the model counts and saves."""
         duplicates = () if self.model_part is None else self.model_part.duplicates
         return frozenset(self._names[parameter][0] for parameter in duplicates)
-
-    def _spec(self, parameter: nn.Parameter, groups: dict[nn.Parameter, int]) -> ParamSpec:
-        record = record_of(parameter)
-        names = self._names[parameter]
-        dtype = parameter.dtype
-        if parameter.requires_grad and dtype == torch.float64 and self.config.dtype is None and groups:
-            raise LayoutError(
-                f"parameter {names[0]!r} is float64, but masters are fp32; set dtype='fp32' or call model.float() first"
-            )
-        if self.config.dtype is not None and dtype.is_floating_point:
-            dtype = DTYPES[self.config.dtype]
-        group = groups.get(parameter, FROZEN) if parameter.requires_grad else FROZEN
-        return ParamSpec(
-            names[0],
-            tuple(record.shape if record is not None else parameter.shape),
-            dtype_name(dtype),
-            parameter.requires_grad and dtype.is_floating_point and (group != FROZEN or not groups),
-            group,
-            tuple(names[1:]),
-            0 if self.model_part is None else self.model_part.lane_of(parameter),
-        )
 
     def lanes(self) -> list[list[Unit]]:
         """The trainable units of each lane (`ModelPart`); one lane of all where there is no part."""
@@ -353,14 +307,6 @@ class ShardedModel:
             self.module.__dict__.pop(key, None)
 
 
-def _names(model: nn.Module) -> dict[nn.Parameter, list[str]]:
-    """Parameter -> all its names; ties are found by identity."""
-    found: dict[nn.Parameter, list[str]] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        found.setdefault(parameter, []).append(name)
-    return found
-
-
 def _refuse_shared_memory(names: dict[nn.Parameter, list[str]]) -> None:
     """Two Parameter objects over the same memory are no tie to torch (two gradients, two updates), and none to us."""
     seen: dict[tuple[torch.device, int], str] = {}
@@ -375,7 +321,7 @@ def _refuse_shared_memory(names: dict[nn.Parameter, list[str]]) -> None:
             )
 
 
-def _merge(owners: list[tuple[nn.Module, list[Unit]]]) -> list[tuple[nn.Module, list[Unit]]]:
+def merge_owners(owners: list[tuple[nn.Module, list[Unit]]]) -> list[tuple[nn.Module, list[Unit]]]:
     """One entry per owner, with all of its units."""
     merged: dict[int, tuple[nn.Module, list[Unit]]] = {}
     for owner, units in owners:
