@@ -61,7 +61,8 @@ def main() -> None:
     args = parse_args()
     url, key = f"http://127.0.0.1:{(port := free_port())}", "a key of this example"
     command = [sys.executable, "-m", "ds_inference.serve", str(gguf_file()), "--port", str(port)]
-    server = subprocess.Popen([*command, "--api-key", key, "--max-length", "1024", "--max-running", "4"])
+    limits = ["--dtype", "float32", "--max-length", "1024", "--max-running", "4"]
+    server = subprocess.Popen([*command, "--api-key", key, *limits])
     try:
         wait_until_healthy(url, server)
         client = OpenAI(base_url=f"{url}/v1", api_key=key)
