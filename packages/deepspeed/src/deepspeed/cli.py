@@ -9,12 +9,12 @@ import importlib
 import sys
 from collections.abc import Sequence
 
-_COMMANDS = {"config": "deepspeed.config.command"}
+_COMMANDS = {"config": "deepspeed.config.command", "plan": "deepspeed.planner.command"}
 """First argument -> the module whose `main` takes the rest. A script of such a name is started as `./config`."""
 
 
 def main(args: Sequence[str] | None = None) -> int:
-    """`deepspeed [options] script [args]`, or one of the commands (`deepspeed config ...`): returns the exit code."""
+    """`deepspeed [options] script [args]`, `deepspeed config ...` or `deepspeed plan ...`: returns the exit code."""
     words = list(sys.argv[1:] if args is None else args)
     if words and words[0] in _COMMANDS:
         return int(importlib.import_module(_COMMANDS[words[0]]).main(words[1:]))
