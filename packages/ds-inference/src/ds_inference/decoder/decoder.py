@@ -26,7 +26,7 @@ __all__ = ["Decoder"]
 
 logger = logging.getLogger(__name__)
 
-PROGRAM_ROWS = 16
+PROGRAM_ROWS = 32
 """Sequences of a step up to which a program is the faster way."""
 
 

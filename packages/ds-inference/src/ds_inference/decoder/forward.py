@@ -56,10 +56,9 @@ class Forward:
         x = self._embed(batch)
         tables = {id(layer.rope): layer.rope for layer in model.layers if layer.rope is not None}
         angles = {key: (table.cos[batch.positions], table.sin[batch.positions]) for key, table in tables.items()}
-        for layer, k_cache, v_cache in zip(model.layers, k_caches, v_caches, strict=True):
-            x = self._layer(layer, x, batch, angles.get(id(layer.rope)), k_cache, v_cache)
-        if batch.logits_at is not None:
-            x = x[batch.logits_at]
+        wanted = [None] * (len(model.layers) - 1) + [batch.logits_at]  # after the last attention, only those rows
+        for layer, k_cache, v_cache, rows in zip(model.layers, k_caches, v_caches, wanted, strict=True):
+            x = self._layer(layer, x, batch, angles.get(id(layer.rope)), k_cache, v_cache, rows)
         logits = self._project(model.head, _norm(model.final_norm, x))
         logits = (logits if self.parallel is None else self.parallel.logits(logits)).float()
         if model.logit_softcap is not None:
@@ -80,10 +79,15 @@ class Forward:
         return x
 
     def _layer(
-        self, layer: DecodeLayer, x: Tensor, batch: Batch, angles: _Angles | None, k_cache: Tensor, v_cache: Tensor
-    ) -> Tensor:
+        self, layer: DecodeLayer, x: Tensor, batch: Batch, angles: _Angles | None, k_cache: Tensor, v_cache: Tensor,
+        rows: Tensor | None,
+    ) -> Tensor:  # fmt: skip
+        """What the next layer reads, of these rows (None: all)."""
         h = _norm(layer.attention_norm, x)
-        a = self._project(layer.output, self._attention(layer, h, batch, angles, k_cache, v_cache))
+        found = self._attention(layer, h, batch, angles, k_cache, v_cache)
+        if rows is not None:
+            found, x, h = found[rows], x[rows], h[rows]
+        a = self._project(layer.output, found)
         if layer.attention_out_norm is not None:
             a = _norm(layer.attention_out_norm, a)
         if layer.mlp_norm is None:
