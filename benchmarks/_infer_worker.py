@@ -149,6 +149,7 @@ class Ours(Transformers):
         if "slots" in self.spec:
             options = {"max_running": self.spec["slots"], "max_length": CONTEXT, **self.options()}
             self.core = ds_inference.LLM(self.model, **options).core
+            self.decoder = self.core.decoder
             return
         self.generator = ds_inference.init_inference(
             self.model,
@@ -157,6 +158,12 @@ class Ours(Transformers):
             max_out_tokens=CONTEXT,
             **self.options(),
         )
+        self.decoder = self.generator.decoder
+
+    def weight_nbytes(self) -> int:
+        model = self.decoder.model  # the embedding is the head, or of an untied one a token reads a row
+        linear = [part for layer in model.layers for part in (layer.qkv, layer.output, layer.up, layer.down)]
+        return sum(part.weight.nbytes for part in (*linear, model.head))
 
     def options(self) -> dict[str, Any]:
         """Keywords of the precisions below 16 bits."""
