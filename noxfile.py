@@ -30,7 +30,8 @@ SIBLINGS = {
     "deepspeed": ("ds-comm", "ds-kernels", "ds-zero", "ds-pipe", "ds-inference"),
 }
 # A package that behaves otherwise with an extra is tested both ways: all tests without it, the marked ones with it.
-TESTED = [*SIBLINGS, "ds-comm[cpu]", "ds-zero[cpu]", "ds-kernels[cpu]", "ds-kernels[triton]", "ds-inference[serve]"]
+TESTED = [*SIBLINGS, "ds-comm[cpu]", "ds-zero[cpu]", "ds-kernels[cpu]", "ds-kernels[triton]"]
+TESTED += ["ds-inference[cpu]", "ds-inference[serve]"]
 PYTHONS = ["3.10", "3.11", "3.12", "3.13"]
 TEST_TOOLS = ["pytest>=8", "pytest-timeout>=2.3", "hypothesis>=6.100"]
 # Two ranks on two cores: more threads than that only get in each other's way.
@@ -106,7 +107,7 @@ CLIENT_TESTS = [
 def clients(session: nox.Session) -> None:
     """The tests that need transformers and what stands on it, which no package declares: skipped everywhere else."""
     trainers = ["accelerate", "lightning", "peft", "transformers", "trl"]
-    install(session, *from_checkout("deepspeed"), *TEST_TOOLS, *trainers)
+    install(session, *from_checkout("deepspeed"), *TEST_TOOLS, *trainers, "numba")
     tests = (str(ROOT / "packages" / path) for path in CLIENT_TESTS)
     session.run("python", "-m", "pytest", *tests, *session.posargs, env=ENVIRONMENT)
 
