@@ -96,3 +96,19 @@ def test_stamps_have_one_size_and_long_ones_still_differ() -> None:
 def test_description_names_op_label_and_shape() -> None:
     assert Entry("all_gather", torch.bfloat16, 12, "layers.7", 2).describe() == "all_gather layers.7 [12 x bfloat16]"
     assert Entry("barrier", None, 0, "", 2).describe() == "barrier"
+
+
+def test_events_are_noted_only_while_somebody_wants_them() -> None:
+    ledger = Ledger(2)
+    ledger.events = noted = []
+    entry = ledger.add("all_gather", torch.bfloat16, 8, "layers.0")
+    with ledger.timed(entry):
+        pass
+    assert [found for found, _, _ in noted] == [entry, entry]
+    (_, called, same), (_, begin, end) = noted
+    assert called == same <= begin < end
+    assert entry.seconds == 0.0 == ledger.wait_seconds  # timing is a matter of its own
+    ledger.events = None
+    with ledger.timed(ledger.add("all_gather", torch.bfloat16, 8, "layers.0")):
+        pass
+    assert len(noted) == 2

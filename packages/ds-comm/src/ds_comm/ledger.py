@@ -8,6 +8,8 @@ Vocabulary
             measurement: it does not depend on the transport, so the fake world and the real one agree.
   seconds   only with ``timing = True``: time the caller spent inside the call and in waiting for it.
 
+  events    only while a list is there: every call as it is entered, and every timed stretch, for a trace.
+
 Counting is one dictionary look-up and one addition; it never synchronises and never looks at data.
 """
 
@@ -82,6 +84,10 @@ class Entry:
         return text.ljust(STAMP_TEXT_NBYTES, b"\0")
 
 
+Event = tuple[Entry, float, float]
+"""An entry with the ``perf_counter`` at which a call was entered (twice), or a stretch of it began and ended."""
+
+
 def describe_stamp(stamp: bytes) -> str:
     """Readable form of a stamp's text."""
     op, label, shape = (*stamp.rstrip(b"\0").decode(errors="replace").split("\x1f"), "", "")[:3]
@@ -95,12 +101,17 @@ class Ledger:
         self.size = size
         self.timing = False
         self.wait_seconds = 0.0
+        self.events: list[Event] | None = None
+        """Where calls and stretches are noted while it is a list."""
         self._entries: dict[tuple[str, torch.dtype | None, int, str], Entry] = {}
 
     def add(self, op: str, dtype: torch.dtype | None, numel: int, label: str | None) -> Entry:
         """Count one call; numel is that of the whole message. Returns its entry, which holds the stamp."""
         entry = self.entry(op, dtype, numel, label)
         entry.count += 1
+        if self.events is not None:
+            now = perf_counter()
+            self.events.append((entry, now, now))
         return entry
 
     def entry(self, op: str, dtype: torch.dtype | None, numel: int, label: str | None) -> Entry:
@@ -114,18 +125,21 @@ class Ledger:
 
     @contextmanager
     def timed(self, entry: Entry | None) -> Iterator[None]:
-        """Add the time inside to ``entry`` and to ``wait_seconds``; free when ``timing`` is off."""
-        if not self.timing:
+        """Add the time inside to ``entry`` and to ``wait_seconds``; free when nobody times."""
+        if not self.timing and self.events is None:
             yield
             return
         start = perf_counter()
         try:
             yield
         finally:
-            spent = perf_counter() - start
-            self.wait_seconds += spent
-            if entry is not None:
-                entry.seconds += spent
+            stop = perf_counter()
+            if self.timing:
+                self.wait_seconds += stop - start
+                if entry is not None:
+                    entry.seconds += stop - start
+            if self.events is not None and entry is not None:
+                self.events.append((entry, start, stop))
 
     @property
     def records(self) -> tuple[Entry, ...]:

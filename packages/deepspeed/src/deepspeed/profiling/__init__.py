@@ -7,6 +7,7 @@ __getattr__, __dir__ = attach(
     {
         "FlopsProfiler": "deepspeed.profiling.flops_profiler.profiler:FlopsProfiler",
         "get_model_profile": "deepspeed.profiling.flops_profiler.profiler:get_model_profile",
+        "trace_steps": "deepspeed.profiling.trace:trace_steps",
     },
     ("flops_profiler",),
 )
