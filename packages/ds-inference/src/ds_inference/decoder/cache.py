@@ -7,14 +7,23 @@ with one large block per sequence. Which block belongs to whom is the caller's b
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 import torch
 
-if TYPE_CHECKING:
-    from ds_inference.decoder.decoder import Decoder
+from ds_kernels import DecodeModel
 
 __all__ = ["KVCache"]
+
+
+class _Sizes(Protocol):
+    """What a cache has to know of a decoder."""
+
+    dtype: torch.dtype
+    device: torch.device
+
+    @property
+    def model(self) -> DecodeModel: ...
 
 
 class KVCache:
@@ -24,7 +33,7 @@ class KVCache:
         k, v: per layer [num_blocks, kv_heads, block_size, head_dim] of the decoder's dtype, on its device.
     """
 
-    def __init__(self, decoder: Decoder, num_blocks: int, block_size: int) -> None:
+    def __init__(self, decoder: _Sizes, num_blocks: int, block_size: int) -> None:
         """ValueError for sizes below 1."""
         if num_blocks < 1 or block_size < 1:
             raise ValueError(f"KVCache: {num_blocks} blocks of {block_size} tokens; expected at least 1 of 1")
@@ -50,7 +59,7 @@ class KVCache:
         self._store[:, :, destinations] = self._store[:, :, sources]
 
     @staticmethod
-    def bytes_per_token(decoder: Decoder) -> int:
+    def bytes_per_token(decoder: _Sizes) -> int:
         """What one token takes in all layers, keys and values."""
         model = decoder.model
         return 2 * len(model.layers) * model.kv_heads * model.head_dim * decoder.dtype.itemsize

@@ -100,7 +100,7 @@ def _read(model: nn.Module, config: Any, family: Family, reader: WeightReader) -
         _layer(layer, family, reader, table, _window(config, family, index))
         for index, (layer, table) in enumerate(zip(layers, tables, strict=True))
     ]
-    attention = [_part(layer, family.attention) for layer in layers]
+    attention = [_part(layer, family.parts.attention) for layer in layers]
     head_dim, scale = _shared(attention, "head_dim", reader), _shared(attention, "scaling", reader)
     heads = inputs_of(read[0].output) // head_dim
     return DecodeModel(
@@ -128,17 +128,17 @@ def _layer(
     def norm(name: str | None) -> Any:
         return None if name is None else reader.norm(_part(layer, name), family.norm, family.norm_offset)
 
-    heads = family.head_norms or (None, None)
+    parts = family.parts
+    heads, outs = parts.head_norms or (None, None), parts.out_norms or (None, None)
     if heads[0] is not None and _missing(layer, heads[0]):
         heads = (None, None)
-    outs = family.out_norms or (None, None)
     return DecodeLayer(
-        attention_norm=norm(family.attention_norm),
-        qkv=reader.projection([_part(layer, name) for name in family.qkv]),
-        output=reader.projection([_part(layer, family.output)]),
-        mlp_norm=norm(family.mlp_norm),
-        up=reader.projection([_part(layer, name) for name in family.up]),
-        down=reader.projection([_part(layer, family.down)]),
+        attention_norm=norm(parts.attention_norm),
+        qkv=reader.projection([_part(layer, name) for name in parts.qkv]),
+        output=reader.projection([_part(layer, parts.output)]),
+        mlp_norm=norm(parts.mlp_norm),
+        up=reader.projection([_part(layer, name) for name in parts.up]),
+        down=reader.projection([_part(layer, parts.down)]),
         query_norm=norm(heads[0]),
         key_norm=norm(heads[1]),
         attention_out_norm=norm(outs[0]),
