@@ -228,6 +228,18 @@ def test_recorded_configured_with_a_grid_or_with_a_group() -> None:
     assert all(result == results[0] for result in results)
 
 
+def counting(total: int) -> tuple[int, int]:
+    engine = deepspeed.initialize(model=make(), config=config(2, 0, 3, train_batch_size=total))[0]
+    return engine.train_batch_size(), engine.gradient_accumulation_steps()
+
+
+def test_a_batch_size_that_counts_every_rank_is_understood() -> None:
+    assert run_ranks(counting, 4, 24) == [(12, 3)] * 4  # as transformers and accelerate count
+    assert run_ranks(counting, 4, 12) == [(12, 3)] * 4
+    with pytest.raises(RankFailure, match="train_batch_size is not equal"):
+        run_ranks(counting, 4, 13)
+
+
 # -- checkpoints ------------------------------------------------------------------------------------------------------
 
 
@@ -287,6 +299,24 @@ def loads_whole(size: int) -> list[float]:
     return train(engine, 0, 3)[0]
 
 
+def reads_its_data() -> list[float]:
+    data = [batch(9, index)[0] for index in range(16)]
+    engine, _, loader, _ = deepspeed.initialize(model=make(), config=config(2, 1), training_data=data)
+    losses = []
+    for tokens in loader:
+        loss = engine(tokens)
+        engine.backward(loss)
+        engine.step()
+        losses.append(float(loss.detach()))
+    return losses
+
+
+def test_the_loader_gives_tensor_ranks_the_same_samples_and_replicas_their_own() -> None:
+    losses = run_ranks(reads_its_data, 4)
+    assert len(losses[0]) == 4
+    assert losses[0] == losses[1] and losses[2] == losses[3] and losses[0] != losses[2]
+
+
 # -- refusals ---------------------------------------------------------------------------------------------------------
 
 
@@ -317,6 +347,26 @@ def refused(changes: dict[str, Any], match: str, size: int = 2) -> None:
 )
 def test_what_cannot_be_is_refused(changes: dict[str, Any], match: str, size: int) -> None:
     run_ranks(refused, 2, changes, match, size)
+
+
+def pipeline() -> None:
+    from deepspeed.pipe import PipelineModule
+
+    module = PipelineModule([nn.Linear(4, 4), nn.Linear(4, 4)], num_stages=2, loss_fn=nn.MSELoss())
+    with pytest.raises(DeepSpeedConfigError, match="inside a pipeline stage"):
+        deepspeed.initialize(model=module, config=config(2, 0))
+
+
+def split_twice() -> None:
+    model = make()
+    deepspeed.initialize(model=model, config=config(2, 0))[0].destroy()
+    with pytest.raises(DeepSpeedConfigError, match="build it anew"):
+        deepspeed.initialize(model=model, config=config(2, 0))
+
+
+def test_pipelines_and_models_that_are_split_already_are_refused() -> None:
+    run_ranks(pipeline, 2)
+    run_ranks(split_twice, 2)
 
 
 def test_records_are_checked_at_once() -> None:

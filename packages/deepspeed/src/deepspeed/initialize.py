@@ -15,14 +15,16 @@ from torch import nn
 import ds_comm
 import ds_comm.device
 from deepspeed.config import ResolvedConfig, resolve
+from deepspeed.config.source import choose_config, load_config
 from deepspeed.engine import DeepSpeedEngine
 from deepspeed.errors import DeepSpeedConfigError
 from deepspeed.lr_schedules import make_schedule
 from deepspeed.optimizers import build_optimizer
 from deepspeed.pipeline_engine import PipelineEngine
 from deepspeed.settings import apply_settings
-from deepspeed.tensor_parallel import applied_to, grid_of, requested, split_model
+from deepspeed.tensor_parallel import applied_to, grid_of, requested, split_model, without_rank_count
 from deepspeed.utils import groups
+from deepspeed.utils.logging import log_dist
 from ds_pipe import PipelineModule, PipelineParallelGrid
 
 __all__ = ["add_config_arguments", "initialize"]
@@ -77,6 +79,7 @@ def initialize(
     if tensor.size > 1:
         _check_splittable(model)
         mpu = grid_of(tensor, mpu)
+        config, args, config_params = _batch_of_group(tensor.size, config, args, config_params)
     if mpu is not None:
         groups.mpu = mpu
         group = groups._get_data_parallel_group()
@@ -109,6 +112,15 @@ def initialize(
     if training_data is not None:
         engine.training_dataloader = engine.deepspeed_io(training_data)
     return engine, engine.optimizer, engine.training_dataloader, engine.lr_scheduler
+
+
+def _batch_of_group(size: int, config: Any, args: Any, config_params: Any) -> tuple[Any, Any, Any]:
+    """The three with a batch size that counts a tensor-parallel group's batch once."""
+    counted = without_rank_count(load_config(*choose_config(config, args, config_params)).raw, size)
+    if counted is None:
+        return config, args, config_params
+    log_dist("train_batch_size counts every tensor-parallel rank's batch; they share one, so it is derived", ranks=[0])
+    return counted, None, None
 
 
 def _check_splittable(model: nn.Module) -> None:

@@ -31,11 +31,13 @@ __all__ = [
     "TensorParallelGrid",
     "TensorRequest",
     "applied_to",
+    "grid_of",
     "model_part",
     "requested",
     "set_autotp_mode",
     "split_model",
     "tp_model_init",
+    "without_rank_count",
 ]
 
 _RECORD = "_deepspeed_tensor_parallel"
@@ -126,6 +128,21 @@ def _size_of(raw: Mapping[str, Any]) -> int:
             f"tensor_parallel.autotp_size is {sizes[0]}, tensor_parallel.tensor_parallel.tp_size {sizes[1]}; give one"
         )
     return given.pop() if given else 0
+
+
+def without_rank_count(raw: Mapping[str, Any], size: int) -> Mapping[str, Any] | None:
+    """The config without its train_batch_size where that counts the batch of every rank, as Hugging Face's trainers do.
+
+    The ranks of a tensor-parallel group share one batch, so the number is derived instead; None: it does not.
+    """
+    keys = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
+    total, micro, steps = (raw.get(key) for key in keys)
+    if not all(isinstance(value, int) for value in (total, micro, steps)):
+        return None
+    world = ds_comm.get_world_size()
+    if size == 1 or total != micro * steps * world:  # type: ignore[operator]
+        return None
+    return {key: value for key, value in raw.items() if key != keys[0]}
 
 
 # -- the ranks ----------------------------------------------------------------------------------------------------
