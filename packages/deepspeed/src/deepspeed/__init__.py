@@ -43,6 +43,7 @@ if TYPE_CHECKING:
     from deepspeed.engine import DeepSpeedEngine
     from deepspeed.errors import DeepSpeedConfigError
     from deepspeed.initialize import add_config_arguments, initialize
+    from deepspeed.lr_arguments import add_tuning_arguments
     from deepspeed.ops.transformer import DeepSpeedTransformerConfig, DeepSpeedTransformerLayer
     from deepspeed.optimizers import set_optimizer_flags
     from deepspeed.pipeline_engine import PipelineEngine
@@ -52,7 +53,9 @@ if TYPE_CHECKING:
         DeepSpeedOptimizer,
         DeepSpeedOptimizerCallable,
         DeepSpeedSchedulerCallable,
+        ZeROOptimizer,
     )
+    from deepspeed.runtime.compiler import is_compile_supported
     from deepspeed.runtime.config import DeepSpeedConfig
     from deepspeed.tensor_parallel import set_autotp_mode, tp_model_init
     from deepspeed.utils.init_on_device import OnDevice
@@ -88,13 +91,16 @@ _NAMES = {
     "PipelineEngine": "deepspeed.pipeline_engine:PipelineEngine",
     "PipelineModule": "ds_pipe.module:PipelineModule",
     "OnDevice": "deepspeed.utils.init_on_device:OnDevice",
+    "ZeROOptimizer": "deepspeed.runtime.base_optimizer:ZeROOptimizer",
     "add_config_arguments": "deepspeed.initialize:add_config_arguments",
+    "add_tuning_arguments": "deepspeed.lr_arguments:add_tuning_arguments",
     "checkpointing": "deepspeed.runtime.activation_checkpointing.checkpointing",
     "default_inference_config": "ds_inference.config:default_inference_config",
     "get_accelerator": "deepspeed.accelerator.real_accelerator:get_accelerator",
     "init_distributed": "deepspeed.comm.comm:init_distributed",
     "init_inference": "ds_inference.initialize:init_inference",
     "initialize": "deepspeed.initialize:initialize",
+    "is_compile_supported": "deepspeed.runtime.compiler:is_compile_supported",
     "log_dist": "deepspeed.utils.logging:log_dist",
     "logger": "deepspeed.utils.logging:logger",
     "replace_transformer_layer": "ds_inference.inject:replace_transformer_layer",
@@ -123,14 +129,21 @@ _SUBMODULES = (
 )
 _LATER = {
     "DeepSpeedHybridEngine": "ds-inference",
-    "DualPipeVEngine": "ds-pipe",
-    "DualPipeVModule": "ds-pipe",
     "linear": "ds-kernels",
     "moe": "mixture of experts, a later part of ds-zero",
     "sequence": "sequence parallelism, a later part of ds-zero",
 }
 
-_get, __dir__ = attach(__name__, _NAMES, _SUBMODULES, _LATER)
+_GONE = {
+    "DualPipeVEngine": 'give the pipeline the schedule "zb_v" (config key pipeline.schedule), which is of that kind',
+    "DualPipeVModule": 'use PipelineModule(num_chunks=2, placement="v") with the schedule "zb_v"',
+    "compile": "call engine.compile(); there are no compiler passes",
+    "domino": "upstream removed it; tensor parallelism is tensor_parallel.autotp_size in the config",
+    "nvme": "there are no tools for the nvme tier",
+    "resolve_per_head_muon_after_sharding": "Muon sees whole matrices at every stage; there is nothing to resolve",
+}
+
+_get, __dir__ = attach(__name__, _NAMES, _SUBMODULES, _LATER, _GONE)
 
 
 def __getattr__(name: str) -> Any:
@@ -166,6 +179,7 @@ __all__ = [
     "OnDevice",
     "PipelineEngine",
     "PipelineModule",
+    "ZeROOptimizer",
     "__git_branch__",
     "__git_hash__",
     "__version__",
@@ -174,6 +188,7 @@ __all__ = [
     "__version_patch__",
     "accelerator",
     "add_config_arguments",
+    "add_tuning_arguments",
     "checkpoint",
     "checkpointing",
     "comm",
@@ -186,6 +201,7 @@ __all__ = [
     "inference",
     "init_inference",
     "initialize",
+    "is_compile_supported",
     "launcher",
     "log_dist",
     "logger",
@@ -193,6 +209,7 @@ __all__ = [
     "monitor",
     "ops",
     "pipe",
+    "planner",
     "profiling",
     "replace_transformer_layer",
     "revert_transformer_layer",

@@ -19,6 +19,7 @@ def attach(
     names: Mapping[str, str],
     submodules: Iterable[str] = (),
     later: Mapping[str, str] | None = None,
+    gone: Mapping[str, str] | None = None,
 ) -> tuple[Callable[[str], Any], Callable[[], list[str]]]:
     """Make the `__getattr__` and `__dir__` of `package`.
 
@@ -26,6 +27,7 @@ def attach(
         names: attribute -> "module:attribute", or "module" for the module itself.
         submodules: children of the package that are importable as attributes.
         later: attribute -> where it will come from; using it raises an AttributeError that says so.
+        gone: attribute -> what to use instead of it; likewise.
     """
     targets = {**names, **{child: f"{package}.{child}" for child in submodules}}
 
@@ -37,6 +39,7 @@ def attach(
             setattr(sys.modules[package], name, value)
             return value
         reason = f": it comes with {later[name]}" if later and name in later else ""
+        reason = f": {gone[name]}" if gone and name in gone else reason
         raise AttributeError(f"module {package!r} has no attribute {name!r}{reason}")
 
     def names_of() -> list[str]:

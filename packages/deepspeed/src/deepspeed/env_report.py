@@ -194,6 +194,11 @@ def make_table(title: str, findings: Sequence[Finding], show_remedies: bool) -> 
     return table
 
 
+def cli_main() -> int:
+    """Upstream's name of the command."""
+    return main()
+
+
 def main(args: Sequence[str] | None = None) -> int:
     """Prints the report and returns 0."""
     parser = argparse.ArgumentParser(

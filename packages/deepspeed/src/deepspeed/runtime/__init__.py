@@ -8,6 +8,7 @@ __getattr__, __dir__ = attach(
     (
         "activation_checkpointing",
         "base_optimizer",
+        "compiler",
         "config",
         "config_utils",
         "dataloader",

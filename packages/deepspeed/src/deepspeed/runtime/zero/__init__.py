@@ -10,6 +10,8 @@ __getattr__, __dir__ = attach(
         "DeepSpeedZeRoOffload": "deepspeed.runtime.zero.parameter_offload:DeepSpeedZeRoOffload",
         "GatheredParameters": f"{_PARTITION}:GatheredParameters",
         "Init": f"{_PARTITION}:Init",
+        "TiledLinear": "deepspeed.runtime.zero.tiling:TiledLinear",
+        "TiledLinearReturnBias": "deepspeed.runtime.zero.tiling:TiledLinearReturnBias",
         "ZeroParamStatus": f"{_PARTITION}:ZeroParamStatus",
         "ZeroParamType": f"{_PARTITION}:ZeroParamType",
         "register_external_parameter": f"{_PARTITION}:register_external_parameter",
@@ -25,5 +27,7 @@ __getattr__, __dir__ = attach(
         "partition_parameters",
         "stage3",
         "stage_1_and_2",
+        "tiling",
+        "utils",
     ),
 )
