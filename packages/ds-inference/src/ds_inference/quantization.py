@@ -279,31 +279,34 @@ def quantize_model(model: nn.Module, spec: QuantizationSpec) -> list[str]:
     """Replace the linear layers that `spec` names by quantised ones, one after the other; returns their names.
 
     nn.Linear, and transformers' Conv1D with its transposed weight; subclasses with a forward of their own stay. A
-    layer that is used in several places is quantised once. ModelError when nothing is found, or a weight cannot be.
+    layer that is used in several places is quantised once. ModelError, before anything is replaced, when nothing is
+    found or a weight cannot be.
     """
-    done: dict[nn.Module, QuantizedLinear] = {}
-    names = []
-    for name, module in list(model.named_modules(remove_duplicate=False)):
-        dense = dense_weight(module)
-        found = None if dense is None or not name else spec.format(name)
-        if dense is None or found is None:
-            continue
-        if module not in done:
-            bias = cast("nn.Parameter | None", getattr(module, "bias", None))
-            try:
-                done[module] = QuantizedLinear(found.apply(dense.detach()), bias, spec.activation_bits)
-            except ModelError as error:
-                raise ModelError(f"{name}: {error}") from error
-            done[module].train(module.training)
-        parent, _, child = name.rpartition(".")
-        setattr(model.get_submodule(parent), child, done[module])
-        names.append(name)
-    if not names:
+    layers: dict[nn.Module, tuple[list[str], WeightFormat]] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        found = spec.format(name) if name and dense_weight(module) is not None else None
+        if found is not None:
+            layers.setdefault(module, ([], found))[0].append(name)
+    for module, (names, _) in layers.items():
+        dense = cast(Tensor, dense_weight(module))
+        if dense.is_meta or not all(bool(piece.isfinite().all()) for piece in dense.detach().split(1024)):
+            raise ModelError(f"{names[0]}: its weight is not loaded, or has infinite or NaN elements; load it first")
+    if not layers:
         raise ModelError(
             f"nothing of {type(model).__name__} is quantised: it has no linear layer that the patterns include; "
             "look at include, exclude and the rules"
         )
-    return names
+    done = []
+    while layers:  # letting go of each weight when its codes are made
+        module, (names, form) = layers.popitem()
+        weight = form.apply(cast(Tensor, dense_weight(module)).detach())
+        bias = cast("nn.Parameter | None", getattr(module, "bias", None))
+        quantised = QuantizedLinear(weight, bias, spec.activation_bits).train(module.training)
+        for name in names:
+            parent, _, child = name.rpartition(".")
+            setattr(model.get_submodule(parent), child, quantised)
+        done.append(names)
+    return [name for names in reversed(done) for name in names]
 
 
 def dense_weight(module: nn.Module) -> Tensor | None:

@@ -74,6 +74,29 @@ def test_the_model_still_trains_and_the_decoder_sees_it(family: str) -> None:
     assert distance(held.step({0: prompt(20)}, last=False), logits_of(twin, prompt(20))) < 1e-5
 
 
+def cast(model: nn.Module) -> None:
+    model.bfloat16()
+
+
+def replace(model: nn.Module) -> None:
+    model.load_state_dict(state(model), assign=True)
+
+
+@pytest.mark.parametrize("change", [cast, replace])
+def test_a_model_that_left_its_decoder_is_noticed(change: Any) -> None:
+    model = build("llama")
+    decoder = read_decoder(model)
+    model.load_state_dict(state(model))
+    held = Sequences(decoder, 16, 2)
+    held.step({0: prompt(4)})
+    change(model)
+    if change is cast:
+        with pytest.raises(RuntimeError, match=r"embed_tokens\.weight was moved, cast or replaced"):
+            held.step({0: prompt(4)})
+    else:
+        held.step({0: prompt(4)})  # the parameters that it has are as they were
+
+
 def test_a_read_model_can_be_saved(tmp_path: Path) -> None:
     model = build("llama")
     read_decoder(model)

@@ -82,6 +82,14 @@ def test_processors_scores_and_a_minimum(llama: tuple[Any, InferenceEngine]) -> 
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
 
 
+def test_a_minimum_alone(llama: tuple[Any, InferenceEngine]) -> None:
+    tokens, mask = padded([6, 3], "left")
+    ends = list(range(20, 50))
+    for least in ({"min_new_tokens": 9}, {"min_length": 15}, {"min_new_tokens": 4, "min_length": 15}):
+        kwargs = {"attention_mask": mask, "max_new_tokens": 12, "do_sample": False, "eos_token_id": ends} | least
+        check(llama, tokens, **kwargs)
+
+
 def test_stopping_criteria_and_streamer(llama: tuple[Any, InferenceEngine]) -> None:
     class Streamer:
         def __init__(self) -> None:
