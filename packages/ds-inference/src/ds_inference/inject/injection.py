@@ -79,8 +79,8 @@ def inject(model: nn.Module, quantization: QuantizationSpec | None = None) -> In
 
     Args:
         model: in eval mode or not; its weights are loaded, of their final dtype and on their final device.
-        quantization: how a decoder's weights are held; None: as they are. Quantised layers stay so when the injection is
-            taken out: their dense weights are gone.
+        quantization: how a decoder's weights are held; None: as they are. Quantised layers stay so when the injection
+            is taken out: their dense weights are gone.
 
     Raises:
         ModelError: another family; a model that is not as its family's; one that would compute something else; one
