@@ -46,9 +46,11 @@ def check_supported(config: DeepSpeedInferenceConfig) -> None:
     if not config.triangular_masking:
         raise ConfigError("triangular_masking is off: whether attention is causal is the model's own; leave it out")
     on_gpu = device_type() == "cuda"
+    graphs = "decoding is not recorded as graphs" if on_gpu else "there is no CUDA device, and decoding is one program"
+    triton = "kernels are Triton's on GPUs anyway" if on_gpu else "on a CPU kernels are numba's and torch's"
     no_effect = {
-        "enable_cuda_graph": config.enable_cuda_graph and not on_gpu and "there is no CUDA device",
-        "use_triton": config.use_triton and not on_gpu and "there is no CUDA device; kernels are numba's and torch's",
+        "enable_cuda_graph": config.enable_cuda_graph and graphs,
+        "use_triton": config.use_triton and triton,
         "triton_autotune": config.triton_autotune and "the kernels have fixed tiles",
         "transposed_mode": config.transposed_mode and "layouts of weights are found out by themselves",
         "return_tuple": not config.return_tuple and "modules return what they did before",
