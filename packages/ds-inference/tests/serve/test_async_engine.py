@@ -11,7 +11,7 @@ import pytest
 from serve_fakes import END, FakeDecoder, alone, greedy, make_core
 
 from ds_inference import AsyncLLM, Completion, JobStream, ServingCore
-from ds_inference.errors import CapacityError, LogitsError, RequestError
+from ds_inference.errors import CapacityError, ConfigError, LogitsError, RequestError
 
 
 def serving(core: ServingCore, use: Callable[[AsyncLLM], Awaitable[Any]], **options: Any) -> Any:
@@ -248,6 +248,13 @@ def test_use_before_the_start_and_starting_twice() -> None:
                 engine.start()
 
     asyncio.run(run())
+
+
+def test_a_decoder_of_several_ranks_is_refused() -> None:
+    core = make_core()
+    core.decoder.communicator = object()  # type: ignore[attr-defined]
+    with pytest.raises(ConfigError, match="every rank"):
+        AsyncLLM(core)
 
 
 def test_two_loops_share_an_engine() -> None:

@@ -149,7 +149,7 @@ def test_ties_stay_together_and_small_temperatures_do_not_overflow() -> None:
 def test_every_draw_of_a_request_is_its_own() -> None:
     request = Request("r", [1, 2], SamplingParams(seed=4, min_tokens=2, repetition_penalty=1.5), (7,))
     request.max_length = 10
-    assert SampleRow.of(request) == SampleRow(request.params, 4, 0, [1, 2], (7,), "r")
+    assert SampleRow.of(request) == SampleRow(request.params, 4, 0, [1, 2], (7,), "r", 2)
     logits = torch.zeros(1, 100)
     drawn = []
     for _ in range(6):
@@ -174,3 +174,35 @@ def test_shapes() -> None:
     with pytest.raises(ValueError, match=r"shape \(2, 3\); expected \[1, vocabulary\]"):
         sample(torch.zeros(2, 3), [SampleRow(SamplingParams(), 1, 0)])
     assert sample(torch.zeros(1, 1), [SampleRow(SamplingParams(logprobs=5), 1, 0)]) == [Sampled(0, 0.0, ((0, 0.0),))]
+
+
+def test_bias_presence_and_frequency_are_openai_s() -> None:
+    """logit - count * frequency - (count > 0) * presence + bias, counted over the answer alone."""
+    logits = torch.randn(3, 8, generator=torch.Generator().manual_seed(0))
+    params = SamplingParams(
+        temperature=0, presence_penalty=0.7, frequency_penalty=-0.4, logit_bias={2: 1.5, 5: -100, 99: 3.0}
+    )
+    answer = [1, 1, 1, 5, 6]
+    expected = logits[1].clone()
+    for token in range(8):
+        expected[token] -= -0.4 * answer.count(token) + 0.7 * (token in answer)
+    expected[2] += 1.5
+    expected[5] -= 100
+    plain = SamplingParams(temperature=0)
+    rows = [
+        SampleRow(plain, 0, 0),
+        SampleRow(params, 0, 5, [3, 3, *answer], num_prompt=2),
+        SampleRow(plain, 0, 0, [1, 1]),
+    ]
+    before = logits.clone()
+    tokens = [one.token for one in sample(logits, rows)]
+    assert tokens == [int(logits[0].argmax()), int(expected.argmax()), int(logits[2].argmax())]
+    assert torch.equal(logits, before)
+    for token in range(8):  # each one's score, one at a time: all others are pushed down
+        others = {one: -100.0 for one in range(8) if one not in (token, 0)}
+        pair = SamplingParams(temperature=0, presence_penalty=0.7, frequency_penalty=-0.4, logit_bias=others)
+        row = SampleRow(pair, 0, 5, [3, 3, *answer], num_prompt=2)
+        found = sample(logits[1:2], [row])[0].token
+        shifted = logits[1] + 0.4 * torch.tensor([answer.count(one) for one in range(8)])
+        shifted -= 0.7 * torch.tensor([one in answer for one in range(8)])
+        assert found == (token if shifted[token] > shifted[0] else 0)

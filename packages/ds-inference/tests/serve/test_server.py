@@ -172,6 +172,13 @@ class TestCompletions:
         ]  # fmt: skip
         assert drawn[0] == drawn[1]
 
+    def test_bias_and_penalties(self, letters: Running) -> None:
+        made = letters.client.completions.create(
+            model="pretend", prompt="-", max_tokens=3, temperature=0, logit_bias={str(ord("q")): 50}, n=1,
+            frequency_penalty=2, presence_penalty=-1,
+        )  # fmt: skip
+        assert made.choices[0].text == "qqq"
+
     @pytest.mark.parametrize("stream", [False, True])
     def test_logprobs(self, letters: Running, stream: bool) -> None:
         made = letters.client.completions.create(
@@ -293,7 +300,9 @@ LONG = "x" * 300
         ("completions", {**BODY, "stop": ["a"] * 50}, 400, "at most 16", None),
         ("completions", {**BODY, "logprobs": 100}, 400, "logprobs", "logprobs"),
         ("completions", {**BODY, "top_k": -5}, 400, "top_k is -5", None),
-        ("completions", {**BODY, "logit_bias": {"1": 5}}, 400, "logit_bias is not supported", "logit_bias"),
+        ("completions", {**BODY, "logit_bias": {"a": 5}}, 400, "logit_bias", None),
+        ("completions", {**BODY, "logit_bias": {"1": 500}}, 400, "logit_bias", None),
+        ("completions", {**BODY, "presence_penalty": 5}, 400, "presence_penalty", "presence_penalty"),
         ("completions", {**BODY, "suffix": "end"}, 400, "suffix is not supported", "suffix"),
         ("completions", {**BODY, "best_of": 3}, 400, "best_of is not supported", "best_of"),
         ("completions", {**BODY, "echo": True, "logprobs": 1}, 400, "logprobs is not supported", "logprobs"),

@@ -23,7 +23,7 @@ from typing import Any
 import torch
 
 from ds_comm.log import get_logger
-from ds_inference.errors import CapacityError
+from ds_inference.errors import CapacityError, ConfigError
 from ds_inference.serve.core import ServingCore
 from ds_inference.serve.options import Model, ServingOptions, build_core
 from ds_inference.serve.outputs import Delta, Timing
@@ -84,10 +84,15 @@ class JobStream:
 class AsyncLLM:
     """A serving engine for asyncio programs.
 
-    `stall_seconds`: a step that takes longer makes `healthy` false. Start it (`async with`, or `start`) before use.
+    ConfigError for a decoder of a tensor-parallel group. `stall_seconds`: a step that takes longer makes `healthy` false. Start it (`async with`, or `start`) before use.
     """
 
     def __init__(self, core: ServingCore, *, stall_seconds: float = 300.0) -> None:
+        if getattr(core.decoder, "communicator", None) is not None:
+            raise ConfigError(
+                "this decoder is split over ranks, whose steps would part; expected a decoder of one rank: use LLM, "
+                "called alike on every rank"
+            )
         self.core = core
         self.stall_seconds = stall_seconds
         self.failure: BaseException | None = None

@@ -34,14 +34,16 @@ class LLM:
     """A model that answers prompts. Not thread-safe; `AsyncLLM` is for many callers.
 
     `model`: a transformers model, a `Decoder`, or a path; `tokenizer`: of a model that is not a path; `seed`: makes
-    requests without a seed of their own reproducible from run to run; other keywords: `ServingOptions`.
+    requests without a seed of their own reproducible from run to run; other keywords: `ServingOptions`. A model that is
+    split over tensor-parallel ranks is called alike on all of them (`seed` is 0 there when none is given).
     """
 
     def __init__(self, model: Model | ServingCore, *, tokenizer: Any = None, seed: int | None = None, **options: Any):
         self.core = (
             model if isinstance(model, ServingCore) else build_core(model, ServingOptions.of(options), tokenizer)
         )
-        self._seed = seed
+        together = getattr(self.core.decoder, "communicator", None) is not None
+        self._seed = 0 if seed is None and together else seed
         self._ids = itertools.count()
 
     def generate(

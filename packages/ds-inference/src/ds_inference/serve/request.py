@@ -14,7 +14,7 @@ from __future__ import annotations
 import math
 import secrets
 from array import array
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from enum import Enum
 from hashlib import blake2b
@@ -42,7 +42,8 @@ class RequestState(Enum):
 class SamplingParams:
     """How the tokens of one request are chosen, and when it ends. Every value is checked; RequestError names it.
 
-    The filters apply in transformers' order: repetition penalty, temperature, top-k, top-p, min-p.
+    The filters apply in transformers' order: repetition penalty, (then bias, presence and frequency,) temperature, top-k,
+    top-p, min-p.
     """
 
     max_tokens: int | None = None
@@ -59,6 +60,12 @@ class SamplingParams:
     """Keep tokens at least this times as likely as the most likely one, in [0, 1]."""
     repetition_penalty: float = 1.0
     """Logits of tokens seen (prompt included) are divided by it when positive, else multiplied; > 0."""
+    presence_penalty: float = 0.0
+    """Subtracted from the logits of tokens that the answer has, -2 to 2."""
+    frequency_penalty: float = 0.0
+    """The same for each time that the answer has them, -2 to 2."""
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    """(token, what is added to its logit), -100 to 100; a mapping may be given."""
     seed: int | None = None
     """Fixes what is drawn, 0 to 2**64 - 1; None draws a seed."""
     stop: tuple[str, ...] = ()
@@ -74,6 +81,14 @@ class SamplingParams:
         stop: object = self.stop
         object.__setattr__(self, "stop", (stop,) if isinstance(stop, str) else _tuple("stop", stop))
         object.__setattr__(self, "stop_token_ids", _tuple("stop_token_ids", self.stop_token_ids))
+        bias: object = self.logit_bias
+        pairs = tuple(bias.items()) if isinstance(bias, Mapping) else _tuple("logit_bias", bias)
+        object.__setattr__(self, "logit_bias", pairs)
+        for pair in pairs:
+            if not isinstance(pair, tuple) or len(pair) != 2:
+                raise RequestError(f"logit_bias has {pair!r}; expected pairs of a token and a number")
+            _integer("a token of logit_bias", pair[0], 0, None)
+            _real(f"logit_bias of token {pair[0]}", pair[1], -100, 100)
         _integer("max_tokens", self.max_tokens, 1, None, optional=True)
         _integer("min_tokens", self.min_tokens, 0, self.max_tokens)
         _real("temperature", self.temperature, 0, math.inf)
@@ -81,6 +96,8 @@ class SamplingParams:
         _real("top_p", self.top_p, 0, 1, above=True)
         _real("min_p", self.min_p, 0, 1)
         _real("repetition_penalty", self.repetition_penalty, 0, math.inf, above=True)
+        _real("presence_penalty", self.presence_penalty, -2, 2)
+        _real("frequency_penalty", self.frequency_penalty, -2, 2)
         _integer("seed", self.seed, 0, 2**64 - 1, optional=True)
         _integer("logprobs", self.logprobs, 0, MAX_LOGPROBS, optional=True)
         if not isinstance(self.ignore_eos, bool):

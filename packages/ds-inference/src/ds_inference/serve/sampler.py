@@ -1,7 +1,7 @@
 """From logits to tokens, a whole batch at a time, each request by its own sampling values.
 
-The order is that of transformers: repetition penalty, (end tokens banned by `min_tokens`), temperature, top-k, top-p,
-min-p. A filter keeps a token by its value, so that equally likely tokens stay or go together: at top_k = 1 a tie of two
+The order is that of transformers: repetition penalty, (OpenAI's bias, presence and frequency penalties, end tokens banned
+by `min_tokens`), temperature, top-k, top-p, min-p. A filter keeps a token by its value, so that equally likely tokens stay or go together: at top_k = 1 a tie of two
 is drawn from, never cut by chance. What is left is drawn by one uniform number and the cumulative probabilities, in
 fp64. Log-probabilities that are reported are the model's own: before any of this.
 
@@ -14,6 +14,7 @@ al. 2014 (SplitMix64).
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -44,11 +45,21 @@ class SampleRow:
     """Tokens that must not be drawn."""
     name: str = ""
     """For errors."""
+    num_prompt: int = 0
+    """So many of `seen` are the prompt, which presence and frequency penalties do not count."""
 
     @classmethod
     def of(cls, request: Request) -> SampleRow:
         """The row of a request's next token."""
-        return cls(request.params, request.seed, request.num_output, request.tokens, request.banned, request.request_id)
+        return cls(
+            request.params,
+            request.seed,
+            request.num_output,
+            request.tokens,
+            request.banned,
+            request.request_id,
+            request.num_prompt,
+        )
 
 
 @dataclass(frozen=True)
@@ -75,7 +86,7 @@ def sample(logits: Tensor, rows: Sequence[SampleRow]) -> list[Sampled]:
         raise ValueError(f"logits have shape {tuple(logits.shape)}; expected [{len(rows)}, vocabulary], one per row")
     if not rows:
         return []
-    scores = _banned(_penalised(logits.float(), rows), rows)
+    scores = _banned(_shifted(_penalised(logits.float(), rows), rows), rows)
     greatest, best = scores.max(dim=-1)
     _check(greatest, rows)
     tokens: list[int] = best.tolist()
@@ -104,6 +115,28 @@ def _penalised(scores: Tensor, rows: Sequence[SampleRow]) -> Tensor:
     penalty = torch.tensor(penalties, device=scores.device)
     old = scores[where]
     return scores.index_put(where, torch.where(old > 0, old / penalty, old * penalty))
+
+
+def _shifted(scores: Tensor, rows: Sequence[SampleRow]) -> Tensor:
+    """Bias added; presence and frequency penalties of what the answer has subtracted."""
+    places: list[int] = []
+    tokens: list[int] = []
+    shifts: list[float] = []
+    for at, row in enumerate(rows):
+        params = row.params
+        shift: dict[int, float] = dict(params.logit_bias)
+        if params.presence_penalty or params.frequency_penalty:
+            for token, count in Counter(row.seen[row.num_prompt :]).items():
+                penalty = params.presence_penalty + params.frequency_penalty * count
+                shift[token] = shift.get(token, 0.0) - penalty
+        known = [token for token in shift if token < scores.shape[1]]
+        places += [at] * len(known)
+        tokens += known
+        shifts += [shift[token] for token in known]
+    if not places:
+        return scores
+    where = (torch.tensor(places, device=scores.device), torch.tensor(tokens, device=scores.device))
+    return scores.index_put(where, scores[where] + torch.tensor(shifts, device=scores.device))
 
 
 def _banned(scores: Tensor, rows: Sequence[SampleRow]) -> Tensor:

@@ -47,9 +47,9 @@ class _Sampling(_Closed):
     stream_options: StreamOptions | None = None
     stop: str | list[str] | None = None
     seed: int | None = None
-    presence_penalty: float | None = None
-    frequency_penalty: float | None = None
-    logit_bias: dict[str, float] | None = None
+    presence_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
+    frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
+    logit_bias: dict[int, Annotated[float, Field(ge=-100, le=100)]] | None = None
     # beyond OpenAI's
     top_k: int = 0
     min_p: float = 0.0
@@ -73,7 +73,7 @@ class _Sampling(_Closed):
 
     def unused(self) -> dict[str, Any]:
         """Fields that are not implemented, and the value besides null that means so."""
-        return {"presence_penalty": 0, "frequency_penalty": 0, "logit_bias": {}}
+        return {}
 
     def refused(self) -> str | None:
         """The first field that asks for something that is not implemented."""
@@ -93,6 +93,9 @@ class _Sampling(_Closed):
             top_p=1.0 if self.top_p is None else self.top_p,
             min_p=self.min_p,
             repetition_penalty=self.repetition_penalty,
+            presence_penalty=self.presence_penalty or 0.0,
+            frequency_penalty=self.frequency_penalty or 0.0,
+            logit_bias=tuple((self.logit_bias or {}).items()),
             seed=None if self.seed is None else self.seed % 2**64,
             stop=(self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ()),
             stop_token_ids=tuple(self.stop_token_ids),
