@@ -13,6 +13,7 @@ holds the parts; every element counts once in the norm; the ranks of a tensor-pa
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -43,13 +44,10 @@ __all__ = [
 _RECORD = "_deepspeed_tensor_parallel"
 _WHOLE_MATRIX_OPTIMIZERS = ("lamb", "muon", "adafactor")
 _STYLES = {"column": "column", "row": "row", "skip": "replicated"}
-_MODES = ("INFERENCE", "TRAINING")
-_mode = ["INFERENCE"]
 
 
 def set_autotp_mode(training: bool = False) -> None:
-    """Upstream's switch between tensor parallelism for inference and for training. `initialize` knows which it is."""
-    _mode[0] = _MODES[bool(training)]
+    """Accepted for upstream's scripts and without effect: `initialize` trains, `init_inference` does not."""
 
 
 @dataclass(frozen=True)
@@ -242,7 +240,6 @@ def split_model(model: nn.Module, request: TensorRequest, config: ResolvedConfig
         shard_vocabulary=settings.vocab_parallel_lm_head is not False,
         training=True,
     )
-    set_autotp_mode(training=True)
     applied = apply_tensor_parallel(model, plan, group=group())
     model.register_forward_pre_hook(SameBatch(applied.communicator), with_kwargs=True)
 
@@ -279,7 +276,7 @@ def _rules(model: nn.Module, settings: Any) -> Iterator[Rule]:
     """The config's own plan as rules; DeepSpeedConfigError for what it says that cannot be done."""
     for name in settings.injection_policy_tuple or ():
         for one in [name] if isinstance(name, str) else name:
-            yield Rule(rf"(?:^|\.){one.replace('.', chr(92) + '.')}$", "row")
+            yield Rule(rf"(?:^|\.){re.escape(one)}$", "row")
     given = dict(settings.partition_config or {})
     model_type = getattr(getattr(model, "config", None), "model_type", None)
     for spec in given.get("layer_specs", ()):
@@ -306,8 +303,6 @@ def _rules(model: nn.Module, settings: Any) -> Iterator[Rule]:
 
 
 def _names_any(model: nn.Module, pattern: str) -> bool:
-    import re
-
     return any(re.search(pattern, name) for name, _ in model.named_parameters())
 
 
