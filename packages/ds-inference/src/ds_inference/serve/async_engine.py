@@ -84,7 +84,8 @@ class JobStream:
 class AsyncLLM:
     """A serving engine for asyncio programs.
 
-    ConfigError for a decoder of a tensor-parallel group. `stall_seconds`: a step that takes longer makes `healthy` false. Start it (`async with`, or `start`) before use.
+    ConfigError for a decoder of a tensor-parallel group. `stall_seconds`: a step that takes longer makes `healthy`
+    false. Start it (`async with`, or `start`) before use.
     """
 
     def __init__(self, core: ServingCore, *, stall_seconds: float = 300.0) -> None:

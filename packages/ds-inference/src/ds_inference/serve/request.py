@@ -42,8 +42,8 @@ class RequestState(Enum):
 class SamplingParams:
     """How the tokens of one request are chosen, and when it ends. Every value is checked; RequestError names it.
 
-    The filters apply in transformers' order: repetition penalty, (then bias, presence and frequency,) temperature, top-k,
-    top-p, min-p.
+    The filters apply in transformers' order: repetition penalty, (then bias, presence and frequency,) temperature,
+    top-k, top-p, min-p.
     """
 
     max_tokens: int | None = None

@@ -1,9 +1,10 @@
 """From logits to tokens, a whole batch at a time, each request by its own sampling values.
 
-The order is that of transformers: repetition penalty, (OpenAI's bias, presence and frequency penalties, end tokens banned
-by `min_tokens`), temperature, top-k, top-p, min-p. A filter keeps a token by its value, so that equally likely tokens stay or go together: at top_k = 1 a tie of two
-is drawn from, never cut by chance. What is left is drawn by one uniform number and the cumulative probabilities, in
-fp64. Log-probabilities that are reported are the model's own: before any of this.
+The order is that of transformers: repetition penalty, (OpenAI's bias, presence and frequency penalties, end tokens
+banned by `min_tokens`), temperature, top-k, top-p, min-p. A filter keeps a token by its value, so that equally likely
+tokens stay or go together: at top_k = 1 a tie of two is drawn from, never cut by chance. What is left is drawn by one
+uniform number and the cumulative probabilities, in fp64. Log-probabilities that are reported are the model's own:
+before any of this.
 
 Invariant: a row's token depends on its logits, its sampling values, its seed and the number of tokens it has so far,
 and on nothing else in the batch. The uniform number of draw n is a counter-based hash (SplitMix64) of (seed, n):
