@@ -40,6 +40,10 @@ def render(results: Path) -> str:
         "comm_collectives": collectives,
         "pipe_step": pipe_step,
         "pipe_schedules": pipe_schedules,
+        "infer_decode": infer_decode,
+        "infer_load": infer_load,
+        "infer_serving": infer_serving,
+        "infer_perplexity": infer_perplexity,
     }
     parts = ["# Benchmark results\n"]
     for name, section in sections.items():
@@ -260,6 +264,63 @@ def collectives(rows: list[Row]) -> str:
     ]
     head = ["op", "dtype", "MB", "transport", "ms", "GB/s"]
     return section("Collectives, two ranks", latest, table(head, body))
+
+
+def infer_decode(rows: list[Row]) -> str:
+    """Tokens of SmolLM2; the ratio columns say how many times faster than transformers and llama.cpp a row is."""
+    latest = [group[-1] for group in newest(rows, "case", "contender").values()]
+    figures = {(row["run"], row["case"], row["contender"]): row.get("step_s", row.get("first_s")) for row in latest}
+    body = []
+    for row in sorted(latest, key=lambda row: str(row["case"])):
+        own = figures[row["run"], row["case"], row["contender"]]
+        peers = [
+            figures.get((row["run"], row["case"], peer))
+            for peer in ("transformers:bf16", "llama.cpp:f16", "llama.cpp:bf16", "llama.cpp:q8_0")
+        ]
+        share, milliseconds = row.get("share"), [own[key] * 1e3 for key in ("median", "p20", "p80")]
+        body.append([row["case"], row["contender"], *milliseconds, share, *(ratio(peer, own) for peer in peers)])
+    head = ["case", "contender", "ms", "p20", "p80", "share of the roofline"]
+    head += ["x transformers", "x llama.cpp F16", "x llama.cpp BF16", "x llama.cpp Q8_0"]
+    return section("Inference of SmolLM2-135M", latest, table(head, body))
+
+
+def infer_load(rows: list[Row]) -> str:
+    """Starting and loading."""
+    latest = [group[-1] for group in newest(rows, "contender").values()]
+    names = ("start_to_first_token_s", "import_s", "build_s", "peak_over_weights", "weights_mb")
+    body = [[row["contender"], *(row[name]["median"] for name in names)] for row in latest]
+    head = ["contender", "start to first token s", "imports s", "build s", "peak / weights", "weights MB"]
+    return section("Loading SmolLM2-135M", latest, table(head, body))
+
+
+def infer_serving(rows: list[Row]) -> str:
+    """Serving a trace of requests."""
+    latest = [group[-1] for group in newest(rows, "slots", "requests", "contender").values()]
+    rates = {
+        tuple(row[key] for key in ("run", "slots", "requests", "contender")): row["tokens_per_s"] for row in latest
+    }
+    body = []
+    for row in latest:
+        place = (row["run"], row["slots"], row["requests"])
+        own = row["tokens_per_s"]
+        peers = [rates.get((*place, peer)) for peer in ("transformers:bf16", "llama.cpp:f16", "llama.cpp:q8_0")]
+        waits = [row[name]["median"] for name in ("first_p50_s", "first_p95_s", "total_s")]
+        times = [ratio(own, peer) for peer in peers]
+        body.append([row["slots"], row["requests"], row["contender"], own["median"], *waits, *times])
+    head = ["slots", "requests", "contender", "tokens/s", "first token p50 s", "p95 s", "all s"]
+    head += ["x transformers", "x llama.cpp F16", "x llama.cpp Q8_0"]
+    return section("Serving SmolLM2-135M", latest, table(head, body))
+
+
+def infer_perplexity(rows: list[Row]) -> str:
+    """Perplexity by precision."""
+    latest = [group[-1] for group in newest(rows, "windows", "contender").values()]
+    body = [
+        [row["windows"], row["contender"], f"{row['perplexity']:.4f}", f"{row['over_first'] - 1:+.2%}"]
+        for row in latest
+    ]
+    head = ["windows of 512", "contender", "perplexity", "against transformers fp32"]
+    return section("Perplexity of SmolLM2-135M", latest, table(head, body))
 
 
 if __name__ == "__main__":
