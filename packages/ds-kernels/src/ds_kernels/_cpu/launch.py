@@ -78,7 +78,8 @@ class Kernel:
         # numpy's error model: 1 / 0 is infinity. Python's would end the kernel half way, and nobody would hear of it.
         arguments = [types.int64] * self._numbers or [types.CPointer(types.int64)]
         signature = types.void(*arguments)
-        return cfunc(signature, cache=True, fastmath=FASTMATH, error_model="numpy")(self._function)
+        fastmath = False if self._numbers else FASTMATH
+        return cfunc(signature, cache=True, fastmath=fastmath, error_model="numpy")(self._function)
 
     @functools.cached_property
     def address(self) -> int:
@@ -99,7 +100,8 @@ def kernel(function: Callable[[Any], None]) -> Kernel:
 def step(function: Callable[..., None]) -> Kernel:
     """Make a `Kernel` of a function of int64 numbers, which other kernels call by its address (`team.invoke`).
 
-    That keeps it out of their machine code: numba compiles what a function calls again with every caller above it.
+    That keeps it out of their machine code: numba compiles what a function calls again with every caller above it. Its
+    sums are computed in the order that is written.
     """
     return Kernel(function, function.__code__.co_argcount)
 

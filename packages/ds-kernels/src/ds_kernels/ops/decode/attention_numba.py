@@ -143,33 +143,31 @@ def _plain_gather(code, count, height, o, dim, v_at, s, s_row, row):
                 target[d] += weight * row[d]
 
 
-@njit(cache=True, inline="never")
-def _scores(code, count, height, query, dim, k_at, s, s_row):
-    table = k_at.ctypes.data
-    for h in range(0, height, 4):
-        n, out, row = min(4, height - h), s + s_row * h, query + 4 * h * dim
-        if code == BF16:
-            dots_bf16(n, count, out, s_row, row, 4 * dim, table, 0, dim)
-        elif code == FP16:
-            dots_fp16(n, count, out, s_row, row, 4 * dim, table, 0, dim)
-        else:
-            dots_f32(n, count, out, s_row, row, 4 * dim, table, 0, dim)
+def _products(dots, gather):
+    """Scores and outputs of many keys for the query heads of a group, over caches of one dtype."""
+
+    @njit(inline="never")
+    def scores(count, height, query, dim, k_at, s, s_row):
+        table = k_at.ctypes.data
+        for h in range(0, height, 4):
+            dots(min(4, height - h), count, s + s_row * h, s_row, query + 4 * h * dim, 4 * dim, table, 0, dim)
+
+    @njit(inline="never")
+    def outputs(count, height, o, dim, v_at, s, s_row):
+        table = v_at.ctypes.data
+        for h in range(0, height, 4):
+            n, out, weights, first = min(4, height - h), o + 4 * h * dim, s + s_row * h, 0
+            while first < dim:
+                width = 4 if dim - first >= 64 else 1
+                gather(n, width, out, dim, weights, s_row // 4, table, 0, count, first)
+                first += 16 * width
+
+    return scores, outputs
 
 
-@njit(cache=True, inline="never")
-def _outputs(code, count, height, o, dim, v_at, s, s_row):
-    table = v_at.ctypes.data
-    for h in range(0, height, 4):
-        n, out, weights, first = min(4, height - h), o + 4 * h * dim, s + s_row * h, 0
-        while first < dim:
-            width = 4 if dim - first >= 64 else 1
-            if code == BF16:
-                gather_bf16(n, width, out, dim, weights, s_row // 4, table, 0, count, first)
-            elif code == FP16:
-                gather_fp16(n, width, out, dim, weights, s_row // 4, table, 0, count, first)
-            else:
-                gather_f32(n, width, out, dim, weights, s_row // 4, table, 0, count, first)
-            first += 16 * width
+_scores_f32, _outputs_f32 = _products(dots_f32, gather_f32)
+_scores_bf16, _outputs_bf16 = _products(dots_bf16, gather_bf16)
+_scores_fp16, _outputs_fp16 = _products(dots_fp16, gather_fp16)
 
 
 @njit(cache=True, inline="never")
@@ -209,62 +207,86 @@ def _write(a, layer, row, head, slot, position, k_from, v_from, scratch):
     store_at(to, code, dim, f32_at(v_from, dim))
 
 
-@step
-def ATTEND(slots_at, layer_at, row, head, split, begin, span, length, scratch):
-    """One split of one sequence's context for the query heads that share a head of the cache."""
-    a, layer = i64_at(slots_at, at.SLOTS_END), i64_at(layer_at, at.LAYER)
-    heads, kv_heads, dim, code = a[at.HEADS], a[at.KV_HEADS], a[at.DIM], a[at.CACHE_CODE]
-    group, padded = heads // kv_heads, (dim + 15) // 16 * 16
-    position = i64_at(a[at.POSITIONS], row + 1)[row]
-    source = a[at.QKV_OUT] + 4 * row * (heads + 2 * kv_heads) * dim
-    start = begin + split * span
-    keys = max(0, min(span, length - start))
-    s_row = 4 * (a[at.SPAN_MAX] + 16)
-    query, o = scratch, scratch + 4 * (group * dim + 16)
-    s = o + 4 * (group * dim + 16)
-    tables = s + group * s_row
-    entries = a[at.SPAN_MAX] + 16 + AHEAD
-    k_at, v_at, more = i64_at(tables, entries), i64_at(tables + 8 * entries, entries), tables + 16 * entries
-    if start + span >= length:
-        slot = i64_at(a[at.SLOTS], row + 1)[row]
-        at_k = source + 4 * (heads + head) * dim
-        _write(a, layer, row, head, slot, position, at_k, at_k + 4 * kv_heads * dim, more)
-    outputs = f32_at(o, group * dim)
+@njit(cache=True, inline="never")
+def _copy(source, target, count):
+    """Floats from one address to another."""
+    values, places = f32_at(source, count), f32_at(target, count)
+    for i in range(count):
+        places[i] = values[i]
+
+
+@njit(cache=True, inline="never")
+def _queries(layer, position, source, group, dim, query, scratch):
+    """The query heads of a group, normalised and turned, one after the other; and zeros for their outputs behind."""
+    padded, outputs = (dim + 15) // 16 * 16, f32_at(query + 4 * (group * dim + 16), group * dim)
+    for h in range(group):
+        norm_at = layer.ctypes.data + 8 * at.QUERY_NORM
+        _head(layer, norm_at, position, source + 4 * h * dim, dim, scratch, scratch + 4 * padded)
+        _copy(scratch, query + 4 * h * dim, dim)
     for i in range(group * dim):
         outputs[i] = np.float32(0.0)
-    for h in range(group):
-        _head(
-            layer, layer.ctypes.data + 8 * at.QUERY_NORM, position, source + 4 * (head * group + h) * dim, dim, more,
-            more + 4 * padded,
-        )  # fmt: skip
-        made, kept = f32_at(more, dim), f32_at(query + 4 * h * dim, dim)
-        for d in range(dim):
-            kept[d] = made[d]
-    if keys:
-        table = i32_at(a[at.TABLES] + 4 * row * a[at.PAGES_WIDTH], a[at.PAGES_WIDTH])
-        _locate(a, layer, table, head, start, keys, k_at, v_at)
-        if dim % 16 == 0:
-            _scores(code, keys, group, query, dim, k_at, s, s_row)
-        else:
-            _plain_dots(code, keys, group, query, dim, k_at, s, s_row, f32_at(more, dim))
-    scale = np.float32(float_at(a, at.SCALE_OF_SCORES))
-    cap = np.float32(float_at(a, at.ATTENTION_SOFTCAP))
-    width = dim + EXTRA
-    for h in range(group):
-        highest, total = _weigh(s + h * s_row, keys, scale, cap)
-        place = ((row * heads + head * group + h) * at.MAX_SPLITS + split) * width
-        partial = f32_at(a[at.PARTIALS] + 4 * place, width)
-        partial[0], partial[1] = highest, total
-    if keys:
-        if dim % 16 == 0:
-            _outputs(code, keys, group, o, dim, v_at, s, s_row)
-        else:
-            _plain_gather(code, keys, group, o, dim, v_at, s, s_row, f32_at(more, dim))
-    for h in range(group):
-        place = ((row * heads + head * group + h) * at.MAX_SPLITS + split) * width
-        partial = f32_at(a[at.PARTIALS] + 4 * place, width)
-        for d in range(dim):
-            partial[EXTRA + d] = outputs[h * dim + d]
+
+
+def _attend(code):
+    """The step of an item, over caches of a dtype: the branches of the others are not compiled."""
+
+    @step
+    def attend(slots_at, layer_at, row, head, split, begin, span, length, scratch):
+        """One split of one sequence's context for the query heads that share a head of the cache."""
+        a, layer = i64_at(slots_at, at.SLOTS_END), i64_at(layer_at, at.LAYER)
+        heads, kv_heads, dim = a[at.HEADS], a[at.KV_HEADS], a[at.DIM]
+        group, width = heads // kv_heads, dim + EXTRA
+        position = i64_at(a[at.POSITIONS], row + 1)[row]
+        source = a[at.QKV_OUT] + 4 * row * (heads + 2 * kv_heads) * dim
+        start = begin + split * span
+        keys = max(0, min(span, length - start))
+        s_row = 4 * (a[at.SPAN_MAX] + 16)
+        query, o = scratch, scratch + 4 * (group * dim + 16)
+        s = o + 4 * (group * dim + 16)
+        tables = s + group * s_row
+        entries = a[at.SPAN_MAX] + 16 + AHEAD
+        k_at, v_at, more = i64_at(tables, entries), i64_at(tables + 8 * entries, entries), tables + 16 * entries
+        if start + span >= length:
+            slot = i64_at(a[at.SLOTS], row + 1)[row]
+            at_k = source + 4 * (heads + head) * dim
+            _write(a, layer, row, head, slot, position, at_k, at_k + 4 * kv_heads * dim, more)
+        _queries(layer, position, source + 4 * head * group * dim, group, dim, query, more)
+        if keys:
+            table = i32_at(a[at.TABLES] + 4 * row * a[at.PAGES_WIDTH], a[at.PAGES_WIDTH])
+            _locate(a, layer, table, head, start, keys, k_at, v_at)
+            if dim % 16:
+                _plain_dots(code, keys, group, query, dim, k_at, s, s_row, f32_at(more, dim))
+            elif code == BF16:
+                _scores_bf16(keys, group, query, dim, k_at, s, s_row)
+            elif code == FP16:
+                _scores_fp16(keys, group, query, dim, k_at, s, s_row)
+            else:
+                _scores_f32(keys, group, query, dim, k_at, s, s_row)
+        scale = np.float32(float_at(a, at.SCALE_OF_SCORES))
+        cap = np.float32(float_at(a, at.ATTENTION_SOFTCAP))
+        for h in range(group):
+            highest, total = _weigh(s + h * s_row, keys, scale, cap)
+            place = ((row * heads + head * group + h) * at.MAX_SPLITS + split) * width
+            partial = f32_at(a[at.PARTIALS] + 4 * place, width)
+            partial[0], partial[1] = highest, total
+        if keys:
+            if dim % 16:
+                _plain_gather(code, keys, group, o, dim, v_at, s, s_row, f32_at(more, dim))
+            elif code == BF16:
+                _outputs_bf16(keys, group, o, dim, v_at, s, s_row)
+            elif code == FP16:
+                _outputs_fp16(keys, group, o, dim, v_at, s, s_row)
+            else:
+                _outputs_f32(keys, group, o, dim, v_at, s, s_row)
+        for h in range(group):
+            place = ((row * heads + head * group + h) * at.MAX_SPLITS + split) * width
+            _copy(o + 4 * h * dim, a[at.PARTIALS] + 4 * (place + EXTRA), dim)
+
+    return attend
+
+
+ATTEND = {code: _attend(code) for code in (0, BF16, FP16)}
+"""Steps by the dtype code of the caches."""
 
 
 @njit(cache=True, inline="never")

@@ -49,7 +49,7 @@ class Program:
         words += [*_projection(model.head), *_norm(model.final_norm)]
         self._table = torch.tensor(words, dtype=torch.int64)
         own = [first + record for first in range(0, head, at.LAYER) for record in (at.QKV, at.OUTPUT, at.UP, at.DOWN)]
-        self._products = torch.tensor([record + at.PRODUCT for record in (*own, head)])
+        self._places = [*own, head]
         hidden, heads, dim = model.final_norm.weight.shape[0], model.heads, model.head_dim
         self._logits = torch.empty(max_rows, model.head.weight.shape[0])
         fused, inner = (heads + 2 * model.kv_heads) * dim, model.layers[0].up.weight.shape[0]
@@ -118,18 +118,19 @@ class Program:
         """The machine code of products with blocks of this many rows, compiled when it is first needed."""
         from ds_kernels.ops.decode.attention_numba import ATTEND
         from ds_kernels.ops.decode.cpu_numba import DECODE
-        from ds_kernels.ops.decode.products import DENSE, QUANTISED
+        from ds_kernels.ops.decode.products import DENSE, PACK, QUANTISED
 
         projections = [p for layer in self.model.layers for p in (layer.qkv, layer.output, layer.up, layer.down)]
-        found = []
-        for weight in (p.weight for p in (*projections, self.model.head)):
+        for weight, place in zip((p.weight for p in (*projections, self.model.head)), self._places, strict=True):
             if isinstance(weight, Tensor):
-                step = DENSE[CODES[weight.dtype], block]
+                kind = CODES[weight.dtype]
+                product = DENSE[kind, block]
             else:
-                step = QUANTISED[weight.bits, self._planes, 0 if weight.centre is None else 1, block]
-            found.append(step.address)
-        self._table[self._products] = torch.tensor(found)
-        self._slots[at.ATTEND], self._kernel, self._block = ATTEND.address, DECODE, block
+                kind = weight.bits
+                product = QUANTISED[kind, self._planes, 0 if weight.centre is None else 1, block]
+            self._table[place + at.PACK], self._table[place + at.PRODUCT] = PACK[kind].address, product.address
+        self._slots[at.ATTEND] = ATTEND[self._slots[at.CACHE_CODE]].address
+        self._kernel, self._block = DECODE, block
 
 
 def block_of(rows: int) -> int:
@@ -214,10 +215,10 @@ def _projection(p: Projection) -> list[int]:
     plus = [0, 0] if bias is None else [bias.data_ptr(), CODES[bias.dtype]]
     outputs, columns = weight.shape
     if isinstance(weight, Tensor):
-        return [weight.data_ptr(), 0, 0, *plus, CODES[weight.dtype], outputs, columns, 0, 0, _per_item(weight), 0]
+        return [weight.data_ptr(), 0, 0, *plus, CODES[weight.dtype], outputs, columns, 0, 0, _per_item(weight), 0, 0]
     centre = 0 if weight.centre is None else weight.centre.data_ptr()
     record = [weight.codes.data_ptr(), weight.scale.data_ptr(), centre, *plus, weight.bits, outputs, columns]
-    return [*record, weight.depth, weight.group_size, _per_item(weight), 0]
+    return [*record, weight.depth, weight.group_size, _per_item(weight), 0, 0]
 
 
 def _norm(norm: Norm | None) -> list[int]:

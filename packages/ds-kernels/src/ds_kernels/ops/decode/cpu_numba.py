@@ -21,14 +21,12 @@ from numba import njit
 from ds_kernels._cpu.intrinsics import bf16_to_f32, f32_at, float_at, i32_at, i64_at, load_at, u8_at, u16_at
 from ds_kernels._cpu.launch import kernel
 from ds_kernels._cpu.maths import normal_cdf, sigmoid
-from ds_kernels._cpu.team import LINE, barrier, member, team
+from ds_kernels._cpu.team import LINE, barrier, invoke, member, team
 from ds_kernels.ops.decode import layout as at
 from ds_kernels.ops.decode.attention_numba import attention, mixed, norm
-from ds_kernels.ops.decode.products import block_of, pack, product
+from ds_kernels.ops.decode.products import block_of, product
 
 __all__ = ["DECODE"]
-
-OUT_OF_RANGE = 1
 
 
 @njit(cache=True, inline="never")
@@ -153,7 +151,7 @@ def _pack_empty(p, rows, block, planes, prepared, block_nbytes, values, count):
         return
     _clear(values, count)
     for row in range(rows, (rows + block - 1) // block * block):
-        pack(p, values, row, block, planes, prepared, block_nbytes)
+        invoke(i64_at(p, at.PROJECTION)[at.PACK], (p, values, row, block, planes, prepared, block_nbytes))
 
 
 @njit(cache=True, inline="always")
@@ -172,7 +170,7 @@ def _normed(a, p, record_at, own, block):
     for row in range(rows):
         norm(record_at, own + 4 * row * padded, hidden, values, values + 4 * padded)
         _fill_up(values, hidden)
-        pack(p, values, row, block, planes, prepared, a[at.BLOCK_NBYTES])
+        invoke(i64_at(p, at.PROJECTION)[at.PACK], (p, values, row, block, planes, prepared, a[at.BLOCK_NBYTES]))
     _pack_empty(p, rows, block, planes, prepared, a[at.BLOCK_NBYTES], values, hidden)
 
 
@@ -202,7 +200,7 @@ def _attention_to_output(a, layer, layer_at, own, block):
     for row in range(a[at.ROWS]):
         mixed(a, layer, row, values)
         _fill_up(values, width)
-        pack(p, values, row, block, a[at.PLANES], prepared, a[at.BLOCK_NBYTES])
+        invoke(i64_at(p, at.PROJECTION)[at.PACK], (p, values, row, block, a[at.PLANES], prepared, a[at.BLOCK_NBYTES]))
     _pack_empty(p, a[at.ROWS], block, a[at.PLANES], prepared, a[at.BLOCK_NBYTES], values, width)
 
 
@@ -214,7 +212,7 @@ def _mlp_to_down(a, layer_at, own, block):
     for row in range(a[at.ROWS]):
         _activate(a[at.ACTIVATION], a[at.GATED], a[at.UP_OUT] + 4 * row * width, inner, values)
         _fill_up(values, inner)
-        pack(p, values, row, block, a[at.PLANES], prepared, a[at.BLOCK_NBYTES])
+        invoke(i64_at(p, at.PROJECTION)[at.PACK], (p, values, row, block, a[at.PLANES], prepared, a[at.BLOCK_NBYTES]))
     _pack_empty(p, a[at.ROWS], block, a[at.PLANES], prepared, a[at.BLOCK_NBYTES], values, inner)
 
 

@@ -1,17 +1,18 @@
 """How a decoder lies in the tables of 64-bit words that the numba program reads: offsets, shared by both sides.
 
 A *projection* and a *norm* are records of words; a layer is its records one after the other, then words of its own.
-Tensors are addresses, floats the bits of doubles.
+Tensors are addresses, floats the bits of doubles. The program holds these numbers as constants: after editing them,
+delete its compiled files (see `_cpu.launch`).
 """
 
 from __future__ import annotations
 
 __all__ = ["ACTIVATIONS", "LAYER", "MAX_SPLITS", "NORM", "PROJECTION", "SPAN"]
 
-WEIGHT, SCALE, CENTRE, BIAS, BIAS_CODE, KIND, OUTPUTS, COLUMNS, DEPTH, GROUP, PER_ITEM, PRODUCT = range(12)
+WEIGHT, SCALE, CENTRE, BIAS, BIAS_CODE, KIND, OUTPUTS, COLUMNS, DEPTH, GROUP, PER_ITEM, PACK, PRODUCT = range(13)
 """Words of a projection. KIND: a dtype code of dense weights (0 fp32, 1 bf16, 2 fp16), or 8, 4: bits of quantised.
-PRODUCT: the address of the step that multiplies an item, for the block of rows that is called next."""
-PROJECTION = 12
+PACK, PRODUCT: addresses of the steps that prepare a row of activations and multiply an item."""
+PROJECTION = 13
 NORM_WEIGHT, NORM_CODE, NORM_BIAS, NORM_BIAS_CODE, NORM_KIND, NORM_EPS, NORM_OFFSET = range(7)
 """Words of a norm."""
 NORM = 7

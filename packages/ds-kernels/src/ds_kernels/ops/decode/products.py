@@ -21,7 +21,7 @@ from ds_kernels.ops.linear.cpu_numba import pack_row
 from ds_kernels.ops.linear.packing import copy_line
 from ds_kernels.ops.linear.vector import panel_dot
 
-__all__ = ["BLOCKS", "DENSE", "QUANTISED", "block_of", "pack", "product"]
+__all__ = ["BLOCKS", "DENSE", "PACK", "QUANTISED", "block_of", "product"]
 
 BLOCKS = (1, 2, 4, 8)
 """Activation rows of a pass over the weights."""
@@ -40,42 +40,47 @@ def block_of(rows):
     return 1 if rows <= 1 else 2 if rows <= 2 else 4 if rows <= 4 else 8
 
 
-@njit(cache=True, inline="never")
-def _pack_dense(code, values, columns, block, row, to):
-    """One row among its block's chunks of 32 columns; values are filled up with zeros to a whole chunk."""
-    chunks = (columns + 31) // 32
-    source = f32_at(values, chunks * 32)
-    if code == BF16:
+def _pack_dense(pairs):
+    """Packing for dense weights: pairs of bf16 come apart as even and odd columns."""
+
+    @step
+    def pack_dense(record_at, values, row, block, planes, prepared, block_nbytes):
+        chunks = (i64_at(record_at, at.PROJECTION)[at.COLUMNS] + 31) // 32
+        to, place, source = prepared + row // block * block_nbytes, row % block, f32_at(values, chunks * 32)
         for c in range(chunks):
-            target = f32_at(to + 128 * (c * block + row), 32)
-            for i in range(16):
-                target[i] = source[32 * c + 2 * i]
-            for i in range(16):
-                target[16 + i] = source[32 * c + 2 * i + 1]
-    else:
-        for c in range(chunks):
-            target = f32_at(to + 128 * (c * block + row), 32)
-            for i in range(32):
-                target[i] = source[32 * c + i]
+            target = f32_at(to + 128 * (c * block + place), 32)
+            if pairs:
+                for i in range(16):
+                    target[i] = source[32 * c + 2 * i]
+                for i in range(16):
+                    target[16 + i] = source[32 * c + 2 * i + 1]
+            else:
+                for i in range(32):
+                    target[i] = source[32 * c + i]
+
+    return pack_dense
 
 
-@njit(cache=True, inline="never")
-def pack(p, values, row, block, planes, prepared, block_nbytes):
-    """Prepare one activation row for the projection at p; values: address of its columns, zeros behind them."""
-    record = i64_at(p, at.PROJECTION)
-    kind, columns, depth, group = record[at.KIND], record[at.COLUMNS], record[at.DEPTH], record[at.GROUP]
-    to, place = prepared + row // block * block_nbytes, row % block
-    if kind < 4:
-        _pack_dense(kind, values, columns, block, place, to)
-        return
-    facts = to + depth * block * planes
-    count = (depth + group - 1) // group * block * (planes + 2)
-    amounts = np.empty(4, np.int32)
-    middle = np.int64(128 if kind == 8 else 8)
-    pack_row(
-        values, depth, group, block, place, planes, middle, to, i32_at(facts, count), f32_at(facts, count), amounts
-    )
-    amounts[0] = 0  # numba frees an array after its last use by name
+def _pack_quantised(bits):
+    """Packing for quantised weights; see `ops.linear.cpu_numba`."""
+    middle = np.int64(1 << (bits - 1))
+
+    @step
+    def pack_quantised(record_at, values, row, block, planes, prepared, block_nbytes):
+        record = i64_at(record_at, at.PROJECTION)
+        depth, group = record[at.DEPTH], record[at.GROUP]
+        to = prepared + row // block * block_nbytes
+        facts, count = to + depth * block * planes, (depth + group - 1) // group * block * (planes + 2)
+        amounts = np.empty(4, np.int32)
+        ints, floats = i32_at(facts, count), f32_at(facts, count)
+        pack_row(values, depth, group, block, row % block, planes, middle, to, ints, floats, amounts)
+        amounts[0] = 0  # numba frees an array after its last use by name
+
+    return pack_quantised
+
+
+PACK = {0: _pack_dense(0), BF16: _pack_dense(1), 2: _pack_dense(0), 8: _pack_quantised(8), 4: _pack_quantised(4)}
+"""Steps by the kind of a weight: prepare one activation row, whose columns are followed by zeros."""
 
 
 def _dense(code, block):
