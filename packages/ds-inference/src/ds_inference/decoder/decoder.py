@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ds_comm import Communicator
 from ds_inference.decoder.batch import Batch
@@ -50,10 +50,11 @@ class Decoder:
         max_positions: int | None = None,
         parallel: Parallel | None = None,
         activation_bits: int | None = None,
+        bound: Sequence[tuple[nn.Module, str, int]] = (),
         restore: Sequence[Callable[[], None]] = (),
     ) -> None:
         self._forward: Forward | None = Forward(model, parallel, activation_bits)
-        self._restore = list(restore)
+        self._bound, self._restore = list(bound), list(restore)
         self.config = config
         self.max_positions = max_positions
         weight = model.embedding
@@ -94,6 +95,10 @@ class Decoder:
 
         Returns:
             fp32 logits [n, vocabulary] of the tokens of `batch.logits_at`, or [T, vocabulary] of all.
+
+        Raises:
+            RuntimeError: the decoder was reverted, or the model's parameters are elsewhere by now (looked at whenever
+                something else than decoding is computed).
         """
         if self.fused and batch.cu_seqlens is None and 0 < len(batch.tokens) <= PROGRAM_ROWS:
             program = self._program(cache)
@@ -101,7 +106,19 @@ class Decoder:
                 inputs = (batch.tokens, batch.positions, batch.slots, batch.block_tables, batch.context_lens)
                 logits = program(*inputs)  # its own buffer, which the next step writes over
                 return logits.clone() if batch.logits_at is None else logits[batch.logits_at]
+        if batch.cu_seqlens is not None:
+            self._check_bound()
         return self._computed(batch, cache.k, cache.v)
+
+    def _check_bound(self) -> None:
+        """The decoder's weights are still the model's."""
+        for module, key, place in self._bound:
+            parameter = getattr(module, key)
+            if parameter is None or parameter.data_ptr() != place:
+                raise RuntimeError(
+                    f"{type(module).__name__}.{key} was moved, cast or replaced since the model was read, and "
+                    "this decoder has the old one; call revert() before such a change, and read_decoder again after it"
+                )
 
     def _program(self, cache: KVCache) -> DecodeProgram | None:
         """The one bound to this cache; None: there cannot be any, which is told once."""
@@ -122,6 +139,7 @@ class Decoder:
         Layers that were quantised stay so: their codes are what is given back.
         """
         self._programs.clear()
+        self._bound.clear()
         self._forward = None  # else every fused weight would live until the last parameter has moved
         for restore in self._restore:
             restore()

@@ -38,7 +38,7 @@ def read_decoder(model: nn.Module, quantization: QuantizationSpec | None = None)
     """Read a model of transformers.
 
     Its weights are used where they are, or become views of fused ones: values, names and gradients of the model's
-    parameters stay as they are, `Decoder.revert` undoes it. Moving or casting the model afterwards parts the two.
+    parameters stay as they are, `Decoder.revert` undoes it. After moving or casting the model it has to be read again.
     A model split over tensor-parallel ranks is read as this rank's part, by all ranks alike.
 
     Args:
@@ -79,6 +79,7 @@ def read_decoder(model: nn.Module, quantization: QuantizationSpec | None = None)
         max_positions=limit,
         parallel=reader.parallel,
         activation_bits=reader.activation_bits,
+        bound=reader.bound(),
         restore=reader.restore,
     )
 

@@ -78,6 +78,15 @@ class WeightReader:
         self._formats: set[int | None] = set() if quantization is None else {quantization.activation_bits}
         self.restore: list[Callable[[], None]] = []
 
+    def bound(self) -> list[tuple[nn.Module, str, int]]:
+        """Where the parameters that were taken are: module, attribute, address of the elements."""
+        return [
+            (module, key, parameter.data_ptr())
+            for module in self._model.modules()
+            for key, parameter in module.named_parameters(recurse=False)
+            if id(parameter) in self._taken
+        ]
+
     @property
     def parallel(self) -> Parallel | None:
         """Of the tensor-parallel layers that were read; None: there were none, or one rank."""
