@@ -12,6 +12,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -25,7 +26,7 @@ pytest.importorskip("prometheus_client")
 openai = pytest.importorskip("openai")
 
 from ds_inference.serve.server.app import ServerLimits, build_app  # noqa: E402
-from ds_inference.serve.server.run import DrainingServer, parse_args  # noqa: E402
+from ds_inference.serve.server.run import DrainingServer, main, parse_args  # noqa: E402
 
 pytestmark = pytest.mark.serve_extra
 KEY = "secret-key"
@@ -470,3 +471,10 @@ def test_command_line(capsys: pytest.CaptureFixture[str]) -> None:
         parse_args(["--help"])
     shown = capsys.readouterr().out
     assert all(option in shown for option in ("--api-key", "--quantization", "--max-body-bytes", "--no-prefix-caching"))
+
+
+def test_a_model_that_cannot_be_served_is_said_without_a_traceback(tmp_path: Path) -> None:
+    with pytest.raises(SystemExit, match=r"ds-serve: .*max_tokens_per_step is 2"):
+        main([str(tmp_path), "--max-tokens-per-step", "2"])
+    with pytest.raises(SystemExit, match=r"ds-serve: .*(is not there|needs transformers)"):
+        main([str(tmp_path / "missing")])

@@ -12,6 +12,7 @@ import logging
 import os
 import signal
 import socket
+import sys
 from collections.abc import Sequence
 from types import FrameType
 
@@ -19,6 +20,7 @@ import uvicorn
 
 from ds_comm.log import configure, get_logger
 from ds_inference.__about__ import __version__
+from ds_inference.errors import CheckpointError, ConfigError, ModelError
 from ds_inference.serve.async_engine import AsyncLLM
 from ds_inference.serve.server.app import ServerLimits, build_app
 
@@ -127,7 +129,19 @@ def main(arguments: Sequence[str] | None = None) -> None:
     args = parse_args(arguments)
     configure("ds_inference", getattr(logging, args.log_level.upper()))
     keys = [*args.api_key, *filter(None, [os.environ.get(API_KEY_VARIABLE)])]
-    engine = AsyncLLM.build(
+    try:
+        engine = _engine(args)
+    except (CheckpointError, ConfigError, ModelError) as error:
+        sys.exit(f"ds-serve: {error}")
+    name = args.served_model_name or os.path.basename(os.path.normpath(args.model)).removesuffix(".gguf")
+    _log.info("serving %r on http://%s:%d/v1", name, args.host, args.port)
+    limits = ServerLimits(body_nbytes=args.max_body_bytes, request_seconds=args.request_timeout)
+    serve(engine, model=name, host=args.host, port=args.port, api_keys=keys, limits=limits,
+          drain_seconds=args.shutdown_timeout)  # fmt: skip
+
+
+def _engine(args: argparse.Namespace) -> AsyncLLM:
+    return AsyncLLM.build(
         args.model,
         dtype=args.dtype,
         device=args.device,
@@ -140,8 +154,3 @@ def main(arguments: Sequence[str] | None = None) -> None:
         cache_nbytes=args.cache_bytes,
         prefix_caching=not args.no_prefix_caching,
     )
-    name = args.served_model_name or os.path.basename(os.path.normpath(args.model)).removesuffix(".gguf")
-    _log.info("serving %r on http://%s:%d/v1", name, args.host, args.port)
-    limits = ServerLimits(body_nbytes=args.max_body_bytes, request_seconds=args.request_timeout)
-    serve(engine, model=name, host=args.host, port=args.port, api_keys=keys, limits=limits,
-          drain_seconds=args.shutdown_timeout)  # fmt: skip
