@@ -47,7 +47,7 @@ __all__ = ["TRIED_MODEL_TYPES", "apply_tensor_parallel", "plan_model"]
 
 TRIED_MODEL_TYPES = frozenset(
     {"bert", "bloom", "falcon", "gemma", "gemma2", "gemma3_text", "gpt2", "gpt_neox", "llama", "mistral", "mixtral"}
-    | {"opt", "phi", "phi3", "qwen2", "qwen3", "qwen3_moe", "smollm3"}
+    | {"mpt", "opt", "phi", "phi3", "qwen2", "qwen3", "qwen3_moe", "smollm3"}
 )
 """Model types whose logits are compared with those of one rank by the tests."""
 

@@ -25,6 +25,7 @@ _QUERIES = {"num_heads", "num_attention_heads", "n_heads", "n_head"}
 _KEYS = {"num_key_value_heads", "num_kv_heads", "n_kv_heads"}
 _GROUPS = {"num_key_value_groups", "n_rep"}
 _WIDTHS = {"embed_dim", "all_head_size", "split_size", "inner_dim"}
+_BIASES = ("alibi", "position_bias")
 _HEAD_UNITS = ("heads", "kv_heads", "qkv", "groups")
 
 
@@ -42,12 +43,14 @@ class HeadBiases:
         return given + args[len(given) :], {name: self._own(name, value) for name, value in kwargs.items()}
 
     def _own(self, name: str, value: Any) -> Any:
-        """[batch * heads, ...] or [batch, heads, queries, keys] -> the same with the local heads."""
-        if name not in ("alibi", "attention_mask") or not isinstance(value, Tensor):
+        """[batch * heads, ...], [heads, ...] (MPT) or [batch, heads, queries, keys] -> that of the local heads."""
+        if name not in (*_BIASES, "attention_mask") or not isinstance(value, Tensor):
             return value
         low, high = self.heads
         if value.dim() == 4 and value.shape[1] == self.num_heads:
             return value[:, low:high]
+        if name == "position_bias" and value.dim() == 3 and value.shape[0] == self.num_heads:
+            return value[low:high]
         if name == "alibi" and value.dim() == 3:
             return value.unflatten(0, (-1, self.num_heads))[:, low:high].flatten(0, 1)
         return value
@@ -101,7 +104,7 @@ def adapt_attention(model: nn.Module, plan: TensorParallelPlan, rank: int) -> No
         if config is not None:
             module.config = _local_config(config, plan, queries, keys)
         parameters = tuple(inspect.signature(module.forward).parameters)
-        if "alibi" in parameters:
+        if any(name in parameters for name in _BIASES):
             hook = HeadBiases(heads.num_heads, heads.query[rank], parameters)
             module.register_forward_pre_hook(hook, with_kwargs=True)
 
