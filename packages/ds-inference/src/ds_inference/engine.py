@@ -63,7 +63,8 @@ class InferenceEngine(nn.Module):
         self._timer = PassTimer()
         self._loop: DecodeLoop | None = None
         self._warned: set[str] = set()
-        prepared = prepare(model, config, QuantizationSpec.parse(quantization))
+        with torch.inference_mode(False):
+            prepared = prepare(model, config, QuantizationSpec.parse(quantization))
         self.injection, self.tensor_parallel = prepared.injection, prepared.applied
         self.module = model.eval()
         self.training = False
@@ -102,7 +103,8 @@ class InferenceEngine(nn.Module):
         if decoder is not None and not torch.is_grad_enabled():
             tokens = _plain_prompt(self.module, inputs, kwargs)
             if tokens is not None:
-                return self._logits_of(decoder, tokens)
+                with torch.inference_mode(False), torch.no_grad():
+                    return self._logits_of(decoder, tokens)
         return self.module(*inputs, **kwargs)
 
     def _logits_of(self, decoder: Decoder, tokens: Tensor) -> Any:

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import threading
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -37,26 +38,36 @@ _UNDERSTOOD = frozenset({"attention_mask", "position_ids", "past_key_values", "u
 
 
 class DecodeLoop:
-    """The loop over one decoder; keeps its cache from call to call. Not for two threads at a time."""
+    """The loop over one decoder; keeps a cache from call to call.
+
+    A call takes the cache away and gives it back at its end, so that calls of several threads, or one within another's
+    streamer, have a cache (and its program) each.
+    """
 
     def __init__(self, decoder: Decoder, max_tokens: int, min_tokens: int = 1) -> None:
         """`max_tokens`: of a row, prompt included; `min_tokens`: room that every cache has."""
         self.decoder, self.max_tokens, self.min_tokens = decoder, max_tokens, min_tokens
-        self._cache: KVCache | None = None
-        self._shape = (0, 0)
+        self._kept: list[KVCache] = []
+        self._lock = threading.Lock()
 
     def release(self) -> None:
         """Let go of the cache."""
-        self._cache, self._shape = None, (0, 0)
+        with self._lock:
+            self._kept = []
 
-    def cache(self, rows: int, tokens: int) -> KVCache:
-        """A cache of at least `rows` blocks of at least `tokens`, the last call's if it is large enough."""
-        have_rows, have_room = self._shape
-        if self._cache is None or rows > have_rows or tokens > have_room:
-            self.release()
-            room = -(-max(tokens, self.min_tokens) // _ROOM_STEP) * _ROOM_STEP
-            self._cache, self._shape = KVCache(self.decoder, rows, room), (rows, room)
-        return self._cache
+    def take(self, rows: int, tokens: int) -> KVCache:
+        """A cache of at least `rows` blocks of at least `tokens`: the last call's if it is there and large enough."""
+        with self._lock:
+            cache = self._kept.pop() if self._kept else None
+        if cache is None or rows > cache.num_blocks or tokens > cache.block_size:
+            cache = None  # let go of it first
+            cache = KVCache(self.decoder, rows, -(-max(tokens, self.min_tokens) // _ROOM_STEP) * _ROOM_STEP)
+        return cache
+
+    def give_back(self, cache: KVCache) -> None:
+        """Keep a cache for the next call."""
+        with self._lock:
+            self._kept = [cache]
 
     def understands(self, model_kwargs: Any) -> bool:
         """Whether the model's inputs are tokens, mask and positions alone, from the start."""
@@ -95,11 +106,38 @@ class DecodeLoop:
         Raises:
             CapacityError: the prompt and what is asked for are longer than the model's positions or `max_tokens`.
         """
+        # What is kept between calls must not be inference tensors, which no later call outside of that mode may change.
+        with torch.inference_mode(False), torch.no_grad():
+            return self._run(
+                input_ids,
+                logits_processor,
+                stopping_criteria,
+                generation_config,
+                attention_mask,
+                position_ids,
+                streamer,
+                measure,
+            )
+
+    def _run(
+        self,
+        input_ids: Tensor,
+        logits_processor: Any,
+        stopping_criteria: Any,
+        generation_config: Any,
+        attention_mask: Tensor | None,
+        position_ids: Tensor | None,
+        streamer: Any,
+        measure: Callable[[], AbstractContextManager[None]],
+    ) -> Any:
         run = _Run(self, input_ids, attention_mask, position_ids, generation_config.max_length, measure)
         choose = _Choice(logits_processor, stopping_criteria, generation_config, run)
-        logits = run.prompt()
-        while not choose(logits, streamer):
-            logits = run.step(choose.tokens)
+        try:
+            logits = run.prompt()
+            while not choose(logits, streamer):
+                logits = run.step(choose.tokens)
+        finally:
+            self.give_back(run.cache)
         if streamer is not None:
             streamer.end()
         return choose.output()
@@ -126,9 +164,8 @@ class _Run:
         longest = int(lengths.max())
         self.max_length = self._limit(loop, longest, max_length)
         room = longest + self.max_length - self.columns
-        self.cache = loop.cache(rows, room)
-        block = self.cache.k[0].shape[2]
-        starts = torch.arange(rows, device=device) * block
+        self.cache = loop.take(rows, room)
+        starts = torch.arange(rows, device=device) * self.cache.block_size
         self._tables = torch.arange(rows, dtype=torch.int32, device=device).unsqueeze(1)
         self._lengths, self._starts = lengths, starts
         self._positions = self._all_positions(positions, rows)

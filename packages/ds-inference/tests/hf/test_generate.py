@@ -121,6 +121,21 @@ def test_a_cache_is_used_again(llama: tuple[Any, InferenceEngine]) -> None:
         check(llama, tokens, max_new_tokens=30, do_sample=False, **extra)
 
 
+@pytest.mark.parametrize("fused", [True, False])
+def test_inference_mode_in_some_calls(fused: bool) -> None:
+    model = make("llama")
+    with torch.inference_mode():
+        engine = ds_inference.init_inference(model, dtype="fp32", replace_with_kernel_inject=True)
+    engine.decoder.fused = fused
+    tokens, _ = padded([6], "left")
+    with torch.inference_mode():
+        first = engine.generate(tokens, max_new_tokens=9, do_sample=False).tolist()
+        logits = engine(tokens, use_cache=False).logits
+    assert engine.generate(tokens, max_new_tokens=9, do_sample=False).tolist() == first
+    with torch.no_grad():
+        assert torch.equal(engine(tokens, use_cache=False).logits, logits)
+
+
 def test_16_bits_choose_the_same_tokens_mostly() -> None:
     model, ours = make("llama").bfloat16(), make("llama")
     engine = ds_inference.init_inference(ours, dtype=torch.bfloat16, replace_with_kernel_inject=True)
