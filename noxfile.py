@@ -123,7 +123,8 @@ def lint(session: nox.Session) -> None:
 @nox.session
 def types(session: nox.Session) -> None:
     """mypy --strict over every package's source and the tools."""
-    install(session, "mypy", "types-psutil", "packaging", "nox", *from_checkout("deepspeed"))
+    served = ("starlette", "uvicorn", "prometheus-client")
+    install(session, "mypy", "types-psutil", "packaging", "nox", *served, *from_checkout("deepspeed"))
     session.run("mypy", *(str(path) for path in sorted(ROOT.glob("packages/*/src"))))
     session.run("mypy", *(str(path) for path in sorted(ROOT.glob("tools/*.py"))), "noxfile.py")
 
