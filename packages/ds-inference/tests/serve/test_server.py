@@ -364,6 +364,17 @@ def test_bodies_that_are_too_large_or_do_not_come() -> None:
             assert b" 413 " in chunked.recv(100)
 
 
+def test_a_batch_of_prompts_is_taken_whole_or_not_at_all() -> None:
+    core = make_core(max_queued=20)
+    with running(core) as server:
+        steps = core.stats.steps
+        status, answer, _ = server.post("/v1/completions", {**BODY, "prompt": ["a"] * 16, "max_tokens": 1})
+        assert (status, len(answer["choices"])) == (200, 16)
+        assert core.stats.steps - steps <= 4
+        assert server.post("/v1/completions", {**BODY, "prompt": ["a"] * 30})[0] == 429
+        assert server.post("/v1/completions", {**BODY, "prompt": ["a", LONG]})[0] == 400
+
+
 def test_a_full_queue_is_429() -> None:
     core = make_core(max_running=1, max_queued=1)
     with running(core) as server:

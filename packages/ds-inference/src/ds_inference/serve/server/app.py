@@ -226,18 +226,30 @@ class Server:
     ) -> Response:
         n = body.n or 1
         task = _Task(form, [], n, params, time.monotonic() + self.limits.request_seconds)
-        request.state.task = task
-        try:
-            for tokens in prompts:
-                task.jobs.append(await self.engine.submit(tokens, params, n=n, stream=bool(body.stream)))
-        except BaseException:
-            task.close()
-            raise
+        await self._submit(task, prompts, stream=bool(body.stream))
         task.usage.prompt = sum(len(tokens) for tokens in prompts)
         if body.stream:
             return _EventStream(task, self._events(task, body.stream_options is not None
                                                    and body.stream_options.include_usage))  # fmt: skip
         return await self._whole(request, task)
+
+    async def _submit(self, task: _Task, prompts: Sequence[Sequence[int]], stream: bool) -> None:
+        """Take all prompts, in one turn of the engine, or none: the first refusal is raised."""
+        admitted: dict[int, JobStream] = {}
+
+        async def admit(at: int, tokens: Sequence[int]) -> None:
+            admitted[at] = await self.engine.submit(tokens, task.params, n=task.n, stream=stream)
+
+        try:
+            results = await asyncio.gather(*map(admit, range(len(prompts)), prompts), return_exceptions=True)
+            for result in results:
+                if result is not None:
+                    raise result
+        except BaseException:
+            for job in admitted.values():
+                job.close()
+            raise
+        task.jobs = [admitted[at] for at in range(len(prompts))]
 
     async def _whole(self, request: Request, task: _Task) -> Response:
         """The complete answer; given up when the client is gone."""
