@@ -31,7 +31,11 @@ _EPILOG = """examples:
   deepspeed train.py --deepspeed_config ds.json          one rank per device; without devices one per CPU core
   deepspeed --num_gpus 2 train.py                        two ranks
   deepspeed --include host-1:0,1@host-2 --hostfile hosts train.py
-  deepspeed --dry-run --num_gpus 2 train.py              shows what would be started"""
+  deepspeed --dry-run --num_gpus 2 train.py              shows what would be started
+
+other commands, which start nothing:
+  deepspeed config explain ds.json                       the config, and where each value came from
+  deepspeed plan --model DIR --config ds.json --world 8  what a run would need"""
 
 
 def build_parser(version: str = "") -> argparse.ArgumentParser:
