@@ -14,7 +14,7 @@ pytest.importorskip("transformers")
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from tp_models import CONFIGS, build, tokens
+from tp_models import CONFIGS, OTHERS, build, tokens
 
 import ds_comm
 from ds_comm.testing import RankFailure, run_ranks
@@ -212,6 +212,11 @@ def unknown_family() -> None:
 
 def test_a_family_that_nobody_tried_is_checked_and_put_back() -> None:
     run_ranks(unknown_family, 2)
+
+
+@pytest.mark.parametrize("model_type", OTHERS)
+def test_names_and_shapes_are_enough_for_other_families(model_type: str) -> None:
+    run_ranks(same_as_one_rank, 2, model_type, {})
 
 
 def policy() -> None:

@@ -46,12 +46,23 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "alibi": False,
     },
     "bloom": {"vocab_size": WORDS, "hidden_size": 48, "n_layer": 2, "n_head": 6},
+    "mpt": {"vocab_size": WORDS, "d_model": 48, "n_layers": 2, "n_heads": 6, "max_seq_len": 64, "expansion_ratio": 2},
     "mixtral": {**_LLAMA, "num_local_experts": 4},
     "qwen3_moe": {**_LLAMA, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32},
 }
 
 
-_EAGER = {"bloom", "gemma2"}
+OTHERS: dict[str, dict[str, Any]] = {
+    "cohere": _LLAMA,
+    "glm4": _LLAMA,
+    "granite": _LLAMA,
+    "starcoder2": _LLAMA,
+    "gptj": {"vocab_size": WORDS, "n_embd": 48, "n_layer": 2, "n_head": 6, "rotary_dim": 4, "n_positions": 64},
+    "gpt_bigcode": {"vocab_size": WORDS, "n_embd": 48, "n_layer": 2, "n_head": 6, "n_positions": 64},
+    "roberta": {**_HEADS, "intermediate_size": 64},
+}
+"""Families that are split by names and shapes alone, and checked on a prompt."""
+_EAGER = {"bloom", "gemma2", "gptj", "mpt"}
 
 
 def build(model_type: str, **changes: Any) -> Any:
@@ -59,8 +70,8 @@ def build(model_type: str, **changes: Any) -> Any:
     import transformers
 
     torch.manual_seed(5)
-    config = transformers.AutoConfig.for_model(model_type, **{**CONFIGS[model_type], **changes})
-    kind = transformers.AutoModelForMaskedLM if model_type == "bert" else transformers.AutoModelForCausalLM
+    config = transformers.AutoConfig.for_model(model_type, **{**(CONFIGS | OTHERS)[model_type], **changes})
+    kind = transformers.AutoModelForMaskedLM if model_type in ("bert", "roberta") else transformers.AutoModelForCausalLM
     model = kind.from_config(config, attn_implementation="eager" if model_type in _EAGER else "sdpa")
     with torch.no_grad():
         for parameter in model.parameters():  # biases and norms are zeros and ones otherwise
