@@ -20,8 +20,10 @@ import uvicorn
 
 from ds_comm.log import configure, get_logger
 from ds_inference.__about__ import __version__
-from ds_inference.errors import CheckpointError, ConfigError, ModelError
+from ds_inference.errors import CheckpointError, ConfigError, LogitsError, ModelError, RequestError
 from ds_inference.serve.async_engine import AsyncLLM
+from ds_inference.serve.core import ServingCore
+from ds_inference.serve.request import SamplingParams
 from ds_inference.serve.server.app import ServerLimits, build_app
 
 __all__ = ["DrainingServer", "main", "parse_args", "serve"]
@@ -114,7 +116,7 @@ def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     add("--dtype", choices=["float32", "bfloat16", "float16"], help="of the weights; the checkpoint's if left out")
     add("--device", help="cpu, cuda, cuda:1, ...; the accelerator if there is one")
     add("--quantization", choices=["int8", "int4"], help="weight-only quantisation")
-    add("--max-length", type=int, help="tokens of prompt and answer together; the model's if left out")
+    add("--max-length", type=int, help="tokens of prompt and answer together, at least 4; the model's if left out")
     add("--max-running", type=int, default=64, help="requests computed side by side")
     add("--max-queued", type=int, default=1024, help="requests that may wait; more are refused (429)")
     add("--max-tokens-per-step", type=int, default=512, help="how much of long prompts is read at a time")
@@ -131,13 +133,23 @@ def main(arguments: Sequence[str] | None = None) -> None:
     keys = [*args.api_key, *filter(None, [os.environ.get(API_KEY_VARIABLE)])]
     try:
         engine = _engine(args)
-    except (CheckpointError, ConfigError, ModelError) as error:
+        _warm_up(engine.core)
+    except (CheckpointError, ConfigError, LogitsError, ModelError, RequestError) as error:
         sys.exit(f"ds-serve: {error}")
     name = args.served_model_name or os.path.basename(os.path.normpath(args.model)).removesuffix(".gguf")
     _log.info("serving %r on http://%s:%d/v1", name, args.host, args.port)
     limits = ServerLimits(body_nbytes=args.max_body_bytes, request_seconds=args.request_timeout)
     serve(engine, model=name, host=args.host, port=args.port, api_keys=keys, limits=limits,
           drain_seconds=args.shutdown_timeout)  # fmt: skip
+
+
+def _warm_up(core: ServingCore) -> None:
+    """Compute a few tokens, so that no client waits for kernels to be compiled; a model that cannot is known now."""
+    core.add("warm-up", [0, 0], SamplingParams(max_tokens=2, temperature=0, ignore_eos=True))
+    while core.has_work:
+        for delta in core.step():
+            if delta.error is not None:
+                raise delta.error
 
 
 def _engine(args: argparse.Namespace) -> AsyncLLM:
