@@ -126,6 +126,18 @@ def test_refusals_reach_the_caller() -> None:
     serving(make_core(max_queued=4, max_running=1), use)
 
 
+def test_an_id_names_one_job() -> None:
+    async def use(engine: AsyncLLM) -> None:
+        job = await engine.submit(list(b"abc"), greedy(5), job_id="mine")
+        with pytest.raises(RequestError, match="'mine' is there already"):
+            await engine.submit(list(b"abd"), greedy(5), job_id="mine")
+        assert (await answer(job)).token_ids == alone(list(b"abc"), 5)
+
+    core = make_core()
+    decoder_of(core).seconds = 0.02
+    serving(core, use)
+
+
 def test_one_that_fails_leaves_the_others() -> None:
     async def use(engine: AsyncLLM) -> None:
         bad = await engine.submit(list(b"bad"), greedy(5))

@@ -23,7 +23,7 @@ from typing import Any
 import torch
 
 from ds_comm.log import get_logger
-from ds_inference.errors import CapacityError, ConfigError
+from ds_inference.errors import CapacityError, ConfigError, RequestError
 from ds_inference.serve.core import ServingCore
 from ds_inference.serve.options import Model, ServingOptions, build_core
 from ds_inference.serve.outputs import Delta, Timing
@@ -100,6 +100,7 @@ class AsyncLLM:
         self._wake = threading.Condition()
         self._inbox: list[Callable[[], None]] = []
         self._streams: dict[str, JobStream] = {}
+        self._entering: set[str] = set()
         self._ids = itertools.count()
         self._draining = False
         self._closing = False
@@ -165,12 +166,15 @@ class AsyncLLM:
         """
         self._check_open()
         self.core.check(prompt, params, n)
-        waiting, limit = self.core.scheduler.num_waiting + len(self._inbox), self.core.scheduler.limits.max_queued
+        waiting, limit = self.core.scheduler.num_waiting + len(self._entering), self.core.scheduler.limits.max_queued
         if waiting + n > limit:
             raise CapacityError(f"{waiting} requests are waiting, the limit is {limit} (max_queued); try again later")
+        if job_id in self._streams:
+            raise RequestError(f"job {job_id!r} is there already; expected an id that is not in use, or None")
         job = JobStream(self, job_id or f"job-{next(self._ids)}", n, prompt)
 
         def add() -> None:
+            self._entering.discard(job.job_id)
             try:
                 timing = self.core.add(job.job_id, prompt, params, n=n, stream=stream, salt=salt)
             except Exception as error:
@@ -182,8 +186,10 @@ class AsyncLLM:
                 self._call(job.loop, _settle, job.admitted, None)
 
         self._streams[job.job_id] = job
+        self._entering.add(job.job_id)
         if not self._tell(add):
             del self._streams[job.job_id]
+            self._entering.discard(job.job_id)
             self._check_open()
         try:
             await job.admitted

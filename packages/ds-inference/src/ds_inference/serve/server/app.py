@@ -235,6 +235,8 @@ class Server:
 
     async def _submit(self, task: _Task, prompts: Sequence[Sequence[int]], stream: bool) -> None:
         """Take all prompts, in one turn of the engine, or none: the first refusal is raised."""
+        for tokens in prompts:
+            self.engine.core.check(tokens, task.params, task.n)
         admitted: dict[int, JobStream] = {}
 
         async def admit(at: int, tokens: Sequence[int]) -> None:
