@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+import time
 from pathlib import Path
 
 import pytest
@@ -96,7 +97,10 @@ def test_a_page_that_hangs_is_ended_with_all_it_started(
     status, out = run(write("page.md", text), capfd, "--timeout", "2")
     assert status == 1
     assert "not done after 2 s" in out
-    assert not _alive(int(fifo.read_text()))
+    deadline = time.monotonic() + 10  # killed already, but a loaded machine may take its time to let it die
+    while _alive(int(fifo.read_text())):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
 
 
 def _alive(pid: int) -> bool:

@@ -67,7 +67,8 @@ def _build(values: dict[str, Any], kind: str, file: Path) -> Any:
     try:
         config = AutoConfig.for_model(**values)
         with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(config).train()  # type: ignore[no-untyped-call]
+            auto: Any = AutoModelForCausalLM
+            return auto.from_config(config).train()
     except (ValueError, TypeError, AttributeError) as error:
         raise DeepSpeedConfigError(
             f"{file}: transformers cannot make a causal language model of {kind!r}: {error}"

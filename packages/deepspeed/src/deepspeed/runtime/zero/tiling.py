@@ -99,7 +99,7 @@ class TiledLinear(nn.Module):
 
     @torch.no_grad()
     def copy_params_from(self, other: nn.Module) -> None:
-        """Take the weights of an ordinary linear layer of the same features, tile by tile; sharded ones are gathered."""
+        """Take the weights of an ordinary linear layer of the same size, tile by tile; sharded ones are gathered."""
         weight, bias = other.weight, getattr(other, "bias", None)
         if not isinstance(weight, Tensor) or (bias is None) == self.use_bias:
             raise ValueError(
