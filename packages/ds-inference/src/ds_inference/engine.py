@@ -80,6 +80,9 @@ class InferenceEngine(nn.Module):
                 raise
             return getattr(module, name)
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_loop": None}  # a copy of the module has no kernels, and so a copy of the engine none
+
     @property
     def decoder(self) -> Decoder | None:
         """The model as a decoder; None without injected kernels, or for what generates nothing."""

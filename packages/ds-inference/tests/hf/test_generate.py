@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import logging
+import pickle
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -119,6 +122,39 @@ def test_a_cache_is_used_again(llama: tuple[Any, InferenceEngine]) -> None:
     more, mask = padded([4, 9], "left")
     for tokens, extra in ((first, {}), (more, {"attention_mask": mask}), (first, {})):
         check(llama, tokens, max_new_tokens=30, do_sample=False, **extra)
+
+
+def test_threads_do_not_share_a_cache(llama: tuple[Any, InferenceEngine]) -> None:
+    prompts = [padded([length], "left")[0] for length in (3, 8, 15, 30)]
+    asked = {"max_new_tokens": 20, "do_sample": False}
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(lambda tokens: llama[1].generate(tokens, **asked).tolist(), prompts * 4))
+    assert found == [llama[0].generate(tokens, **asked).tolist() for tokens in prompts] * 4
+
+
+def test_a_generation_within_a_streamer(llama: tuple[Any, InferenceEngine]) -> None:
+    class Nested(transformers.generation.BaseStreamer):  # type: ignore[misc]
+        calls = 0
+
+        def put(self, value: torch.Tensor) -> None:
+            self.calls += 1
+            if self.calls == 3:
+                llama[1].generate(padded([4], "left")[0], max_new_tokens=5)
+
+        def end(self) -> None:
+            pass
+
+    tokens = padded([7], "left")[0]
+    found = llama[1].generate(tokens, max_new_tokens=20, do_sample=False, streamer=Nested())
+    assert found.tolist() == llama[0].generate(tokens, max_new_tokens=20, do_sample=False).tolist()
+
+
+def test_a_copy_of_an_engine_has_no_kernels(llama: tuple[Any, InferenceEngine]) -> None:
+    tokens = padded([7], "left")[0]
+    llama[1].generate(tokens, max_new_tokens=5, do_sample=False)
+    for copied in (copy.deepcopy(llama[1]), pickle.loads(pickle.dumps(llama[1]))):
+        assert copied.decoder is None
+        check((llama[0], copied), tokens, max_new_tokens=20, do_sample=False)
 
 
 @pytest.mark.parametrize("fused", [True, False])
