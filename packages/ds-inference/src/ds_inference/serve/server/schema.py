@@ -10,9 +10,10 @@ of its client).
 
 from __future__ import annotations
 
+import json
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from ds_inference.serve.core import MAX_CHOICES
 from ds_inference.serve.request import SamplingParams
@@ -64,6 +65,16 @@ class _Sampling(_Closed):
     service_tier: str | None = None
     safety_identifier: str | None = None
     prompt_cache_key: str | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _is_text(cls, body: Any) -> Any:
+        """JSON can write half of a character (a lone surrogate), which no tokenizer takes and no answer can repeat."""
+        try:
+            json.dumps(body, ensure_ascii=False).encode()
+        except UnicodeEncodeError as error:
+            raise ValueError(f"{error.object[error.start]!r} is half of a surrogate pair; expected text") from error
+        return body
 
     @model_validator(mode="after")
     def _no_options_without_stream(self) -> _Sampling:
@@ -167,6 +178,14 @@ class ChatRequest(_Sampling):
     reasoning_effort: str | None = None
     verbosity: str | None = None
     web_search_options: Any = None
+
+    @field_validator("chat_template_kwargs")
+    @classmethod
+    def _no_program(cls, given: dict[str, Any]) -> dict[str, Any]:
+        """A template is a program; one of the client's could run for ever."""
+        if "chat_template" in given:
+            raise ValueError("chat_template is the model's own; leave it out")
+        return given
 
     @model_validator(mode="after")
     def _no_top_without_logprobs(self) -> ChatRequest:
