@@ -24,7 +24,7 @@ from ds_kernels._cpu.maths import normal_cdf, sigmoid
 from ds_kernels._cpu.team import LINE, barrier, invoke, member, team
 from ds_kernels.ops.decode import layout as at
 from ds_kernels.ops.decode.attention_numba import attention, mixed, norm
-from ds_kernels.ops.decode.products import block_of, product
+from ds_kernels.ops.decode.products import block_of, product, warm
 
 __all__ = ["DECODE"]
 
@@ -235,11 +235,13 @@ def _run(a, size, index):
             _add_all(a, here + 8 * (at.MLP_OUT_NORM - at.LAYER), own)
         _normed(a, here + 8 * at.QKV, here + 8 * at.ATTENTION_NORM, own, block)
         _product(a, here + 8 * at.QKV, own, block, none, a[at.QKV_OUT], size, stage, index)
+        warm(here + 8 * at.OUTPUT, size, index)
         barrier(meeting, size, stage + 1, yield_at)
         attention(a, layer, own + a[at.ATTENTION_AT], hands, size, stage + 1, index)
         barrier(meeting, size, stage + 2, yield_at)
         _attention_to_output(a, layer, here, own, block)
         _product(a, here + 8 * at.OUTPUT, own, block, none, a[at.MIXED], size, stage + 2, index)
+        warm(here + 8 * at.UP, size, index)
         barrier(meeting, size, stage + 3, yield_at)
         up = here + 8 * at.UP
         if layer[at.MLP_NORM + at.NORM_KIND] == at.NONE:
@@ -249,9 +251,11 @@ def _run(a, size, index):
             _add_all(a, here + 8 * at.ATTENTION_OUT_NORM, own)
             _normed(a, up, here + 8 * at.MLP_NORM, own, block)
         _product(a, up, own, block, none, a[at.UP_OUT], size, stage + 3, index)
+        warm(here + 8 * at.DOWN, size, index)
         barrier(meeting, size, stage + 4, yield_at)
         _mlp_to_down(a, here, own, block)
         _product(a, here + 8 * at.DOWN, own, block, none, a[at.MIXED], size, stage + 4, index)
+        warm(here + 8 * (at.LAYER + at.QKV) if number + 1 < a[at.NUM_LAYERS] else a[at.HEAD_AT], size, index)
         barrier(meeting, size, stage + 5, yield_at)
         stage += 5
     _add_all(a, a[at.LAYERS] + 8 * (at.LAYER * (a[at.NUM_LAYERS] - 1) + at.MLP_OUT_NORM), own)

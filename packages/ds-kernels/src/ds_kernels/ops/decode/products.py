@@ -14,6 +14,7 @@ from numba import njit
 from ds_kernels._cpu.intrinsics import f32_at, i32_at, i64_at, load_at
 from ds_kernels._cpu.launch import step
 from ds_kernels._cpu.maths import tanh
+from ds_kernels._cpu.rows import prefetch
 from ds_kernels._cpu.team import clear_next, invoke, share, take_from
 from ds_kernels.ops.decode import layout as at
 from ds_kernels.ops.decode.vector import WEIGHT_ROWS, fold, rows_product
@@ -21,7 +22,7 @@ from ds_kernels.ops.linear.cpu_numba import pack_row
 from ds_kernels.ops.linear.packing import copy_line
 from ds_kernels.ops.linear.vector import panel_dot
 
-__all__ = ["BLOCKS", "DENSE", "PACK", "QUANTISED", "block_of", "product"]
+__all__ = ["BLOCKS", "DENSE", "PACK", "QUANTISED", "block_of", "product", "warm"]
 
 BLOCKS = (1, 2, 4, 8)
 """Activation rows of a pass over the weights."""
@@ -166,6 +167,18 @@ def _finish(record, start, count, rows, first, results, width, softcap, out, out
             inverse = np.float32(1.0) / softcap
             for i in range(count):
                 target[i] = softcap * tanh(np.float32(target[i] * inverse))
+
+
+@njit(cache=True, inline="never")
+def warm(p, size, index):
+    """Ask for the first weights of this thread's share of a projection, while it waits for the stage to begin."""
+    record = i64_at(p, at.PROJECTION)
+    kind, per = record[at.KIND], record[at.PER_ITEM]
+    first, last = share((record[at.OUTPUTS] + per - 1) // per, size, index)
+    row = record[at.COLUMNS] * (4 if kind == 0 else 2) if kind < 4 else record[at.DEPTH] * kind // 8
+    begin = record[at.WEIGHT] + first * per * row
+    for line in range(0, min(AHEAD, (last - first) * per * row), LINE):
+        prefetch(begin + line)
 
 
 @njit(cache=True, inline="never")
