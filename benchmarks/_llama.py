@@ -28,7 +28,7 @@ class Row(NamedTuple):
 class Llama:
     """A model and one context of `slots` sequences with `context` tokens each."""
 
-    def __init__(self, path: Path, threads: int, slots: int, context: int, batch: int = 2048) -> None:
+    def __init__(self, path: Path, threads: int, slots: int, context: int, batch: int = 512) -> None:
         llama_cpp.llama_backend_init()
         model = llama_cpp.llama_model_load_from_file(str(path).encode(), llama_cpp.llama_model_default_params())
         if not model:
@@ -93,8 +93,7 @@ class Llama:
 
 
 def serve(llama: Llama, jobs: list[Job], slots: int) -> None:
-    """Serve a trace (see `_infer_serve`): a step computes one token of every slot that decodes, and as much of waiting
-    prompts as the batch has room for."""
+    """Serve a trace (see `_infer_serve`): a prompt as soon as a slot is free, by itself; then one token of every slot."""
     waiting, clock = deque(jobs), Clock()
     running: dict[int, Job] = {}
     for slot in range(slots):
@@ -117,16 +116,11 @@ def serve(llama: Llama, jobs: list[Job], slots: int) -> None:
 
 
 def rows_of_step(running: dict[int, Job], limit: int) -> list[Row]:
-    """One token of every sequence that decodes, then prompts as far as there is room."""
-    rows = [
-        Row(job.tokens[-1], len(job.prompt) + len(job.tokens) - 1, slot, True)
-        for slot, job in running.items()
-        if job.tokens
-    ]
+    """The rest of the first prompt that is not read yet, as far as there is room; else one token of every sequence."""
     for slot, job in running.items():
-        if job.tokens:
-            continue
-        end = min(len(job.prompt), job.read + limit - len(rows))
-        rows += [Row(job.prompt[at], at, slot, at == len(job.prompt) - 1) for at in range(job.read, end)]
-        job.read = end
-    return rows
+        if not job.tokens:
+            end = min(len(job.prompt), job.read + limit)
+            rows = [Row(job.prompt[at], at, slot, at == len(job.prompt) - 1) for at in range(job.read, end)]
+            job.read = end
+            return rows
+    return [Row(job.tokens[-1], len(job.prompt) + len(job.tokens) - 1, slot, True) for slot, job in running.items()]

@@ -47,6 +47,7 @@ def measure(bench: _infer.InferBench, groups: list[RankGroup], rounds: int, argu
         requests = trace(bench, arguments, arguments.requests, index)
         for group, mine in order[pivot:] + order[:pivot]:
             mine.append(serve(group, requests, arguments.slots))
+            print(f"  round {index}, {group.contender.label}: {mine[-1]['total_s']:.1f} s", flush=True)
     for group, mine in order:
         figures = {name: summary([run[name] for run in mine]) for name in mine[0]}
         bench.line(
