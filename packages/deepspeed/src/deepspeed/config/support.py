@@ -232,7 +232,7 @@ SUPPORT: Mapping[str, Support] = MappingProxyType(
         ),
         "expert_parallel.*": Support("unsupported", _PARALLEL),
         "compile.*": Support("unsupported", "use engine.compile(), which needs no section"),
-        "hybrid_engine.*": Support("unsupported", "comes with ds-inference"),
+        "hybrid_engine.*": Support("unsupported", "comes with a later release"),
         "data_efficiency.*": Support("unsupported", "comes with the data-efficiency tools"),
         "curriculum_learning.*": Support("unsupported", _GONE),
         "compression_training": Support("unsupported", _GONE),
@@ -242,7 +242,7 @@ SUPPORT: Mapping[str, Support] = MappingProxyType(
         "progressive_layer_drop.*": Support("unsupported", _GONE),
         "sparse_attention": Support("unsupported", _GONE),
         "quantize_training.*": Support("unsupported", _GONE),
-        "weight_quantization.*": Support("unsupported", "comes with ds-inference"),
+        "weight_quantization.*": Support("unsupported", "for training; init_inference(quantization=...) quantises"),
         "nebula.*": Support("unsupported", _GONE),
         "datastates_ckpt": Support(
             "unsupported", "needs an engine that only upstream has; saves are asynchronous here anyway"
