@@ -93,7 +93,7 @@ class Llama:
 
 
 def serve(llama: Llama, jobs: list[Job], slots: int) -> None:
-    """Serve a trace (see `_infer_serve`): a prompt as soon as a slot is free, by itself; then one token of every slot."""
+    """Serve a trace (see `_infer_serve`): prompts by themselves, then one token of every slot."""
     waiting, clock = deque(jobs), Clock()
     running: dict[int, Job] = {}
     for slot in range(slots):
