@@ -49,6 +49,15 @@ def decoder_of(core: ServingCore) -> FakeDecoder:
     return core.decoder
 
 
+@pytest.mark.parametrize("stream", [True, False])
+def test_choices_that_end_in_the_same_step_are_all_delivered(stream: bool) -> None:
+    async def use(engine: AsyncLLM) -> list[int]:
+        job = await engine.submit(list(b"abc"), greedy(5, ignore_eos=True), n=4, stream=stream)
+        return sorted([delta.index async for delta in job if delta.last])
+
+    assert serving(make_core(), use) == [0, 1, 2, 3]
+
+
 def test_many_callers_get_their_own() -> None:
     prompts = [list(f"prompt number {number}".encode()) for number in range(40)]
 

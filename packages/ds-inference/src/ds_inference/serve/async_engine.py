@@ -295,8 +295,9 @@ class AsyncLLM:
             job = self._streams.get(delta.job_id)
             if job is not None:
                 loops.setdefault(job.loop, []).append((job, delta))
-                if delta.last and not self.core.has(delta.job_id):
-                    del self._streams[delta.job_id]
+        for delta in deltas:  # only now: several choices of a job may have ended in this step
+            if delta.last and not self.core.has(delta.job_id):
+                self._streams.pop(delta.job_id, None)
         for loop, parts in loops.items():
             if not self._call(loop, self._hand_out, parts):
                 for job, _ in parts:
