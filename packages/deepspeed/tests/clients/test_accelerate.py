@@ -5,7 +5,6 @@ Needs accelerate, and deepspeed as an installed distribution (which is how accel
 
 from __future__ import annotations
 
-import importlib.metadata
 import math
 import sys
 from pathlib import Path
@@ -13,12 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-
-pytest.importorskip("accelerate")
-try:
-    importlib.metadata.version("deepspeed")
-except importlib.metadata.PackageNotFoundError:
-    pytest.skip("deepspeed is importable but not installed; accelerate would not see it", allow_module_level=True)
+from client_scripts import require
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
@@ -27,6 +21,8 @@ from engines import make_net, micro_batch, same, weights
 import deepspeed
 import ds_comm
 from ds_comm.testing import run_ranks
+
+require("accelerate")
 
 ENVIRONMENT = {"ACCELERATE_USE_DEEPSPEED": "true"}
 

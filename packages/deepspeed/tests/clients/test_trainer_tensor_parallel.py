@@ -2,38 +2,18 @@
 
 from __future__ import annotations
 
-import importlib.metadata
-import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
-
-pytest.importorskip("transformers")
-pytest.importorskip("accelerate")
-try:
-    importlib.metadata.version("deepspeed")
-except importlib.metadata.PackageNotFoundError:
-    pytest.skip("deepspeed is importable but not installed; transformers would not see it", allow_module_level=True)
-
+from client_scripts import require, run_script
 from safetensors.torch import load_file
 
-SCRIPT = Path(__file__).with_name("train_tensor_parallel.py")
+require("transformers", "accelerate")
 
 
 def train(ranks: int, stage: int, out: Path, *more: str) -> list[tuple[float, float]]:
-    launcher = ["-m", "deepspeed.cli", "--num_gpus", str(ranks)] if ranks > 1 else []
-    environment = {key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
-    done = subprocess.run(
-        [sys.executable, *launcher, str(SCRIPT), str(ranks), str(stage), str(out), *more],
-        capture_output=True,
-        text=True,
-        env=environment,
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
-    return [tuple(row) for row in json.loads((out / "found.json").read_text())]
+    found = run_script("train_tensor_parallel.py", out, ranks, stage, out, *more, ranks=ranks)
+    return [tuple(row) for row in found]
 
 
 def test_the_trainer_over_two_tensor_ranks_trains_saves_and_resumes(tmp_path: Path) -> None:

@@ -6,25 +6,15 @@ Needs transformers and accelerate, and deepspeed as an installed distribution.
 
 from __future__ import annotations
 
-import importlib.metadata
-import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from client_scripts import require, run_script
 
-pytest.importorskip("transformers")
-pytest.importorskip("accelerate")
-try:
-    importlib.metadata.version("deepspeed")
-except importlib.metadata.PackageNotFoundError:
-    pytest.skip("deepspeed is importable but not installed; transformers would not see it", allow_module_level=True)
+require("transformers", "accelerate")
 
-SCRIPT = Path(__file__).with_name("train_tiny.py")
 TINY = {
     "vocab_size": 64, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2,
     "num_key_value_heads": 1, "max_position_embeddings": 32, "tie_word_embeddings": True,
@@ -53,21 +43,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def train(launcher: list[str], kind: str, model: Path, out: Path, *options: str) -> dict[str, Any]:
-    environment = {key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
-    done = subprocess.run(
-        [sys.executable, *launcher, str(SCRIPT), kind, str(model), str(out), *options],
-        capture_output=True,
-        text=True,
-        env=environment,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
-    found: dict[str, Any] = json.loads((out / "found.json").read_text())
-    assert len(found["losses"]) == 4
-    return found
-
-
 @pytest.fixture(scope="module")
 def plain(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
     """Runs in one process without DeepSpeed, by their options."""
@@ -75,7 +50,8 @@ def plain(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
 
     def of(*options: str) -> dict[str, Any]:
         if options not in runs:
-            runs[options] = train([], options[0], folder, tmp_path_factory.mktemp("plain"), *options[1:])
+            out = tmp_path_factory.mktemp("plain")
+            runs[options] = run_script("train_tiny.py", out, options[0], folder, out, *options[1:])
         return runs[options]
 
     return of
@@ -101,9 +77,9 @@ def test_two_ranks_train_as_one_process_does(
 ) -> None:
     if kind in ("lora", "sft"):
         pytest.importorskip({"lora": "peft", "sft": "trl"}[kind])
-    launcher = ["-m", "deepspeed.cli", "--num_gpus", "2"]
-    found = train(launcher, kind, folder, tmp_path, "--stage", str(stage), *options)
+    found = run_script("train_tiny.py", tmp_path, kind, folder, tmp_path, "--stage", stage, *options, ranks=2)
     expected = plain("full" if kind == "resize" else kind, *options)
+    assert len(found["losses"]) == 4
     assert (found["world"], found["engine"]) == (2, "DeepSpeedEngine")
     for (loss, norm), (loss_alone, norm_alone) in zip(found["losses"], expected["losses"], strict=True):
         assert loss == pytest.approx(loss_alone, rel=tolerance)

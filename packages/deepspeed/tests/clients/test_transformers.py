@@ -5,7 +5,6 @@ Needs transformers and accelerate, and deepspeed as an installed distribution (w
 
 from __future__ import annotations
 
-import importlib.metadata
 import os
 import subprocess
 import sys
@@ -15,16 +14,12 @@ from typing import Any
 
 import pytest
 import torch
-
-pytest.importorskip("transformers")
-pytest.importorskip("accelerate")
-try:
-    importlib.metadata.version("deepspeed")
-except importlib.metadata.PackageNotFoundError:
-    pytest.skip("deepspeed is importable but not installed; transformers would not see it", allow_module_level=True)
+from client_scripts import require
 
 import deepspeed
 from ds_comm.testing import run_ranks
+
+require("transformers", "accelerate")
 
 TINY = {
     "vocab_size": 64, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2,
