@@ -78,6 +78,11 @@ def test_quantised_by_keyword() -> None:
     assert engine.module.up.bits == 4 and type(engine.module.down) is nn.Linear
 
 
+def test_a_model_by_name_is_refused() -> None:
+    with pytest.raises(TypeError, match=r"model is a str; expected a torch module"):
+        init_inference("gpt2")  # type: ignore[arg-type]
+
+
 def test_injection_of_what_is_not_known_is_refused() -> None:
     with pytest.raises(ModelError, match=r"Block .*not known.*llama.*bert.*Leave replace_with_kernel_inject out"):
         init_inference(block(), dtype="fp32", replace_with_kernel_inject=True)

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from ds_comm.log import get_logger
 from ds_inference.config import DeepSpeedInferenceConfig
 from ds_inference.decoder import Batch, Decoder, KVCache
-from ds_inference.errors import CapacityError, ModelError
+from ds_inference.errors import CapacityError, ModelError, RequestError
 from ds_inference.generation import DecodeLoop
 from ds_inference.inject import Injection
 from ds_inference.preparation import check_supported, prepare
@@ -137,6 +137,7 @@ class InferenceEngine(nn.Module):
 
         Raises:
             NotImplementedError: num_beams above 1.
+            RequestError (a ValueError): an empty prompt, or a mask of another shape.
             CapacityError (a RuntimeError): a prompt longer than max_out_tokens; with injected kernels also prompt and
                 new tokens together, or more than the model has positions for.
             AttributeError: the module generates nothing.
@@ -185,6 +186,12 @@ class InferenceEngine(nn.Module):
         if isinstance(tokens, Tensor) and tokens.dim() == 2:
             mask = kwargs.get("attention_mask")
             padded = isinstance(mask, Tensor) and mask.dim() == 2
+            if not tokens.numel() or (padded and cast(Tensor, mask).shape != tokens.shape):
+                shape = "" if mask is None else f", its attention_mask {tuple(mask.shape)}"
+                raise RequestError(
+                    f"generate: the prompt has shape {tuple(tokens.shape)}{shape}; expected at least one row and one "
+                    "token, and a mask of the same shape"
+                )
             longest = int(cast(Tensor, mask).sum(1).max()) if padded else tokens.shape[1]
             if longest > limit:
                 raise CapacityError(

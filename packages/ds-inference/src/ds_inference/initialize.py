@@ -39,6 +39,11 @@ def init_inference(
             not supported.
         ModelError (a ValueError): the model cannot be injected, split or quantised as asked; it is as it was.
         CheckpointError (an OSError): a checkpoint that is missing, incomplete or broken.
-        TypeError: a dtype or a configuration of a type that cannot be one.
+        TypeError: a model that is no module; a dtype or a configuration of a type that cannot be one.
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(
+            f"init_inference: model is a {type(model).__name__}; expected a torch module, such as "
+            "AutoModelForCausalLM.from_pretrained(...) gives"
+        )
     return InferenceEngine(model, resolve_config(config, **kwargs), quantization)

@@ -13,7 +13,7 @@ import torch
 from hf_models import MODELS, VOCABULARY, make, padded
 
 import ds_inference
-from ds_inference import CapacityError, InferenceEngine
+from ds_inference import CapacityError, InferenceEngine, RequestError
 
 transformers = pytest.importorskip("transformers")
 
@@ -211,6 +211,10 @@ def test_what_is_refused(llama: tuple[Any, InferenceEngine]) -> None:
     tokens, _ = padded([6], "left")
     with pytest.raises(NotImplementedError, match="num_beams is 4"):
         engine.generate(tokens, num_beams=4)
+    with pytest.raises(RequestError, match=r"shape \(1, 0\).*at least one"):
+        engine.generate(tokens[:, :0])
+    with pytest.raises(RequestError, match=r"attention_mask \(1, 9\)"):
+        engine.generate(tokens, attention_mask=torch.ones(1, 9, dtype=torch.int64))
     with pytest.raises(CapacityError, match=r"255 new ones are 261.*positions is 256.*fewer tokens"):
         engine.generate(tokens, max_new_tokens=255)
     small = ds_inference.init_inference(make("llama"), dtype="fp32", replace_with_kernel_inject=True, max_out_tokens=16)

@@ -33,6 +33,8 @@ from ds_inference.serve.request import Request, SamplingParams
         ("min_p", -0.01),
         ("min_p", 1.1),
         ("repetition_penalty", 0),
+        ("repetition_penalty", 1e-300),
+        ("repetition_penalty", 1e300),
         ("presence_penalty", 2.1),
         ("frequency_penalty", -2.1),
         ("logit_bias", ((1, 101),)),

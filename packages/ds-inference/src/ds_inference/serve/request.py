@@ -59,7 +59,7 @@ class SamplingParams:
     min_p: float = 0.0
     """Keep tokens at least this times as likely as the most likely one, in [0, 1]."""
     repetition_penalty: float = 1.0
-    """Logits of tokens seen (prompt included) are divided by it when positive, else multiplied; > 0."""
+    """Logits of tokens seen (prompt included) are divided by it when positive, else multiplied; 0.01 to 100."""
     presence_penalty: float = 0.0
     """Subtracted from the logits of tokens that the answer has, -2 to 2."""
     frequency_penalty: float = 0.0
@@ -95,7 +95,7 @@ class SamplingParams:
         _integer("top_k", self.top_k, -1, None)
         _real("top_p", self.top_p, 0, 1, above=True)
         _real("min_p", self.min_p, 0, 1)
-        _real("repetition_penalty", self.repetition_penalty, 0, math.inf, above=True)
+        _real("repetition_penalty", self.repetition_penalty, 0.01, 100)
         _real("presence_penalty", self.presence_penalty, -2, 2)
         _real("frequency_penalty", self.frequency_penalty, -2, 2)
         _integer("seed", self.seed, 0, 2**64 - 1, optional=True)

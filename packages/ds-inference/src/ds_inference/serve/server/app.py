@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 import time
 import uuid
 from collections.abc import AsyncIterator, Callable, Sequence
@@ -146,6 +147,8 @@ class Server:
         n = body.n or 1
         echo = []
         if body.echo:
+            for numbers in tokens:  # numbers that no tokenizer has are refused before one looks at them
+                self.engine.core.check(numbers, body.params(), n)
             for prompt in prompts:
                 echo += [prompt if isinstance(prompt, str) else self._codec.decode(prompt)] * n
         form = CompletionFormat(*self._identity("cmpl", body), echo=echo)
@@ -397,10 +400,14 @@ def _bad(text: str, param: str | None, code: str | None = None) -> HTTPException
     return _refusal(400, text, code=code, param=param)
 
 
+_BRANCH = re.compile(r"(str|int|float|bool)$|(list|dict|tuple)\[|function-|constrained-")
+
+
 def _first_error(error: ValidationError) -> tuple[str, str | None]:
     """Text and field of the first thing wrong with a body."""
     first = error.errors(include_url=False, include_context=False)[0]
-    place = ".".join(str(part) for part in first["loc"])
+    # A union's branches ("prompt.list[int]") are not fields of the client's.
+    place = ".".join(str(part) for part in first["loc"] if not _BRANCH.match(str(part)))
     if first["type"] == "extra_forbidden":
         return f"{place} is not a field that this server knows", place
     return f"{place or 'body'}: {first['msg']}", place or None
