@@ -120,6 +120,29 @@ def test_every_variant_is_as_specified(variant: str, fused: bool) -> None:
     assert decoder.fused == fused
 
 
+def halved(part: Any) -> Any:
+    """The same model in bf16, angles aside."""
+    if isinstance(part, Tensor):
+        return part.bfloat16()
+    if isinstance(part, list):
+        return [halved(each) for each in part]
+    if not dataclasses.is_dataclass(part) or isinstance(part, (RopeTable, type)):
+        return part
+    return dataclasses.replace(
+        part, **{field.name: halved(getattr(part, field.name)) for field in dataclasses.fields(part)}
+    )
+
+
+@pytest.mark.parametrize("variant", ["plain", "untied head with a bias"])
+def test_logits_of_16_bit_weights_are_not_rounded(variant: str) -> None:
+    model, tokens = halved(VARIANTS[variant]), prompt(19)
+    decoder = Decoder(model)
+    decoder.fused = False
+    logits = Sequences(decoder, 4, 12).step({0: tokens})
+    assert logits.dtype == torch.float32 and (logits != logits.bfloat16()).any()
+    assert distance(logits, specified(model, tokens)[-1:]) < 0.02
+
+
 @pytest.mark.cpu_extra
 @pytest.mark.skipif(find_spec("numba") is None, reason="programs need numba")
 def test_a_program_lives_as_long_as_its_cache() -> None:

@@ -36,6 +36,11 @@ from ds_kernels.ops.decode.model import Activation
 
 __all__ = ["Forward"]
 
+WIDE_ROWS = 16
+"""Rows whose logits are computed in fp32 from 16-bit weights on a CPU."""
+WIDE_OUTPUTS = 4096
+"""Rows of the head that are widened at a time, small enough for the cache."""
+
 _Angles = tuple[Tensor, Tensor]
 
 
@@ -59,11 +64,23 @@ class Forward:
         wanted = [None] * (len(model.layers) - 1) + [batch.logits_at]  # after the last attention, only those rows
         for layer, k_cache, v_cache, rows in zip(model.layers, k_caches, v_caches, wanted, strict=True):
             x = self._layer(layer, x, batch, angles.get(id(layer.rope)), k_cache, v_cache, rows)
-        logits = self._project(model.head, _norm(model.final_norm, x))
-        logits = (logits if self.parallel is None else self.parallel.logits(logits)).float()
+        logits = self._logits(_norm(model.final_norm, x))
         if model.logit_softcap is not None:
             logits = logits.div_(model.logit_softcap).tanh_().mul_(model.logit_softcap)
         return logits
+
+    def _logits(self, x: Tensor) -> Tensor:
+        """fp32 logits of normed rows. Of a few rows they are not rounded to 16 bits on the way, as in a program's
+        step: equal ones would be many, and which token is the greatest would depend on how it was computed."""
+        head = self.model.head
+        whole = self.parallel is None and isinstance(head.weight, Tensor)
+        if whole and x.device.type == "cpu" and len(x) <= WIDE_ROWS and x.dtype in (torch.bfloat16, torch.float16):
+            wide = x.float()
+            parts = [torch.nn.functional.linear(wide, part.float()) for part in head.weight.split(WIDE_OUTPUTS)]
+            logits = torch.cat(parts, 1)
+            return logits if head.bias is None else logits.add_(head.bias)
+        logits = self._project(head, x)
+        return (logits if self.parallel is None else self.parallel.logits(logits)).float()
 
     def _embed(self, batch: Batch) -> Tensor:
         model, table = self.model, self.model.embedding
