@@ -72,11 +72,11 @@ class Forward:
     def _logits(self, x: Tensor) -> Tensor:
         """fp32 logits of normed rows. Of a few rows they are not rounded to 16 bits on the way, as in a program's
         step: equal ones would be many, and which token is the greatest would depend on how it was computed."""
-        head = self.model.head
-        whole = self.parallel is None and isinstance(head.weight, Tensor)
-        if whole and x.device.type == "cpu" and len(x) <= WIDE_ROWS and x.dtype in (torch.bfloat16, torch.float16):
+        head, weight = self.model.head, self.model.head.weight
+        few = x.device.type == "cpu" and len(x) <= WIDE_ROWS and x.dtype in (torch.bfloat16, torch.float16)
+        if few and self.parallel is None and isinstance(weight, Tensor):
             wide = x.float()
-            parts = [torch.nn.functional.linear(wide, part.float()) for part in head.weight.split(WIDE_OUTPUTS)]
+            parts = [torch.nn.functional.linear(wide, part.float()) for part in weight.split(WIDE_OUTPUTS)]
             logits = torch.cat(parts, 1)
             return logits if head.bias is None else logits.add_(head.bias)
         logits = self._project(head, x)
