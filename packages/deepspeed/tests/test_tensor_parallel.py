@@ -272,6 +272,24 @@ def test_a_resumed_run_goes_on_to_the_bit(tmp_path: Path, ranks: int, stage: int
     assert missing.missing_keys == ["lm_head.weight"] and not missing.unexpected_keys  # tied: stored once
 
 
+def fails_on_one_part(folder: str) -> str:
+    from ds_zero.checkpoint import durable
+
+    engine = deepspeed.initialize(model=make(), config=config(2, 0))[0]
+    with pytest.MonkeyPatch.context() as patch:
+        if ds_comm.get_rank() == 1:
+            patch.setattr(durable, "free_nbytes", lambda path: 10)
+        with pytest.raises(ds_zero_error()) as caught:
+            engine.save_checkpoint(folder)
+    return str(caught.value)
+
+
+def test_a_part_that_cannot_be_written_fails_the_save_on_every_rank(tmp_path: Path) -> None:
+    for text in run_ranks(fails_on_one_part, 2, str(tmp_path), timeout=60):
+        assert "too full" in text and "mp_rank_01_of_02" in text
+    assert not (tmp_path / "latest").exists()
+
+
 def at_another_size(folder: str, size: int) -> None:
     engine = deepspeed.initialize(model=make(), config=config(size, 1))[0]
     with pytest.raises(ds_zero_error(), match="saved by 2 tensor-parallel ranks"):

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -38,14 +39,16 @@ def agree_on_tag(applied: AppliedPlan, tag: str | None) -> None:
 
 
 def finish_save(
-    applied: AppliedPlan, pending: Any, directory: str | os.PathLike[str], tag: str, names_it: bool
+    applied: AppliedPlan, begin: Callable[[], Any], directory: str | os.PathLike[str], tag: str, names_it: bool
 ) -> None:
-    """Return when every part is durable and `latest` names the tag (on the first rank, the one that `names_it`).
+    """`begin` the save of this rank's part; return when every part is durable and `latest` names the tag (written by
+    the rank that `names_it`).
 
     CheckpointError on all ranks of the group when a part could not be written.
     """
     failure = ""
     try:
+        pending = begin()
         if pending is not None:
             pending.wait()
     except ds_zero.CheckpointError as error:

@@ -8,6 +8,7 @@ that have not been stepped with are no part of a checkpoint.
 
 from __future__ import annotations
 
+import functools
 import os
 import random
 from collections.abc import Callable
@@ -120,7 +121,8 @@ def save(
     if scope.tensor is not None:
         tensor_parts.agree_on_tag(scope.tensor, tag)
         place, name = os.path.join(place, tag), tensor_parts.folder_of(scope.tensor)
-    pending = store.save(
+    begin = functools.partial(
+        store.save,
         place,
         name,
         segments,
@@ -135,11 +137,12 @@ def save(
         exclude_frozen=exclude_frozen,
         gate=optimizer.gate if training else None,
     )
-    engine.pending_save = pending
-    if scope.tensor is not None:  # `latest` may only move when all parts are there
+    if scope.tensor is None:
+        engine.pending_save = begin()
+    else:  # `latest` may only move when all parts are there
         engine.pending_save = None
         first = scope.tensor.rank == 0 and ds_comm.get_rank(scope.group) == 0
-        tensor_parts.finish_save(scope.tensor, pending, directory, tag, save_latest and first)
+        tensor_parts.finish_save(scope.tensor, begin, directory, tag, save_latest and first)
     engine.callbacks.on_save(engine, str(directory), tag)
     return True
 
