@@ -1,16 +1,18 @@
 """Every import path of upstream that this release serves, and a sentence for those that it does not.
 
 The table is upstream's: what clients import, and what its documentation names. A path that starts to work moves from
-`LATER` to `PATHS`.
+`deepspeed._absent` to `PATHS`.
 """
 
 from __future__ import annotations
 
 import importlib
+import re
 
 import pytest
 
 import deepspeed
+from deepspeed._absent import MODULES, NAMES
 
 PATHS = {
     "deepspeed": (
@@ -148,19 +150,23 @@ PATHS = {
 }
 """Module -> names, separated by spaces."""
 
-LATER = {
-    "DeepSpeedHybridEngine": "it comes with",
-    "DualPipeVEngine": "zb_v",
-    "DualPipeVModule": "zb_v",
-    "compile": "engine.compile()",
-    "domino": "tensor_parallel.autotp_size",
-    "linear": "it comes with",
-    "moe": "it comes with",
-    "nvme": "no tools",
-    "resolve_per_head_muon_after_sharding": "nothing to resolve",
-    "sequence": "it comes with",
-}
-"""Top-level names that are not there -> words of the sentence that says what to do."""
+ABSENT = [
+    "accelerator.npu_accelerator autotuning.autotuner checkpoint.deepspeed_checkpoint checkpoint.ds_to_universal",
+    "comm.torch comm.utils compile.passes compression.compress datastates domino elasticity.elasticity",
+    "inference.v2.engine_v2 io linear.optimized_linear model_implementations.diffusers module_inject.auto_ep",
+    "module_inject.containers.llama module_inject.layers module_inject.policy moe.layer moe.sharded_moe moe.utils",
+    "nebula.config nvme ops.aio ops.fp_quantizer ops.op_builder.builder ops.quantizer ops.sparse_attention",
+    "ops.transformer.inference.config runtime.bf16_optimizer runtime.checkpoint_engine.checkpoint_engine",
+    "runtime.constants runtime.data_pipeline.data_routing.basic_layer runtime.fp16.onebit.adam runtime.quantize",
+    "runtime.sequence_parallel.ulysses_sp runtime.sparse_tensor runtime.superoffload runtime.swap_tensor.aio_config",
+    "runtime.zenflow.engine runtime.zero.mics runtime.zero.offload_states sequence.layer utils.debug utils.torch",
+]
+"""Module paths of upstream that are not there."""
+
+
+def _names() -> list[tuple[str, str]]:
+    return [(f"deepspeed.{module}".rstrip("."), name) for module, names in NAMES.items() for name in names]
+
 
 SAME = [
     ("deepspeed.DeepSpeedEngine", "deepspeed.runtime.engine.DeepSpeedEngine"),
@@ -188,11 +194,46 @@ def test_every_name_can_be_imported(module: str) -> None:
     assert not missing
 
 
-@pytest.mark.parametrize("name", LATER)
-def test_a_name_that_is_missing_says_what_to_do(name: str) -> None:
-    with pytest.raises(AttributeError) as caught:
-        getattr(deepspeed, name)
-    assert LATER[name] in str(caught.value) and f"{name!r}" in str(caught.value)
+@pytest.mark.parametrize("path", " ".join(ABSENT).split())
+def test_a_module_that_is_missing_says_what_to_do(path: str) -> None:
+    package, _, name = f"deepspeed.{path}".rpartition(".")
+    for statement in (f"import {package}.{name}", f"from {package} import {name}", f"from {package}.{name} import X"):
+        with pytest.raises(ModuleNotFoundError, match=rf"no module or name '{package}.*': \w.{{15}}"):
+            exec(statement)  # what a script says
+    head = path.partition(".")[0]
+    if head in MODULES:
+        assert not hasattr(deepspeed, head)
+
+
+@pytest.mark.parametrize("path", MODULES)
+def test_a_module_that_exists_is_not_called_missing(path: str) -> None:
+    with pytest.raises(ModuleNotFoundError, match=rf"'deepspeed.{path}'|'deepspeed.{path.rpartition('.')[0]}'"):
+        importlib.import_module(f"deepspeed.{path}")
+
+
+@pytest.mark.parametrize(("module", "name"), _names())
+def test_a_name_that_is_missing_says_what_to_do(module: str, name: str) -> None:
+    with pytest.raises(AttributeError, match=rf"no attribute '{name}': \w.{{15}}"):
+        getattr(importlib.import_module(module), name)
+    with pytest.raises(ImportError, match=rf"{name}.*: \w.{{15}}"):
+        exec(f"from {module} import {name}")  # what a script says
+
+
+def test_constants_of_upstream_are_explained_and_misspelt_names_are_not() -> None:
+    with pytest.raises(ImportError, match=r"TRAIN_BATCH_SIZE.*plain strings"):
+        from deepspeed.runtime.config import TRAIN_BATCH_SIZE  # noqa: F401
+    with pytest.raises(ImportError, match=r"cannot import name 'clip_grad_nrm_' from 'deepspeed.runtime.utils'[^:]*$"):
+        from deepspeed.runtime.utils import clip_grad_nrm_  # noqa: F401
+    with pytest.raises(ModuleNotFoundError, match=r"No module named 'deepspeed.moee'$"):
+        importlib.import_module("deepspeed.moee")
+
+
+def test_what_the_sentences_recommend_exists() -> None:
+    sentences = {*MODULES.values(), *(text for names in NAMES.values() for text in names.values())}
+    advised = {path for text in sentences for path in re.findall(r"\b((?:deepspeed|ds_\w+)(?:\.\w+)+)", text)}
+    assert len(advised) > 15
+    for path in advised:
+        assert _at(path) is not None
 
 
 @pytest.mark.parametrize(("one", "other"), SAME)

@@ -7,8 +7,8 @@
     engine.backward(loss)
     engine.step()
 
-Every name below is imported on first use, so `import deepspeed` itself imports nothing, torch included. Names that
-DeepSpeed has and this release does not yet are listed in `_LATER`; using one says which package brings it.
+Every name below is imported on first use, so `import deepspeed` itself imports nothing, torch included. Names and
+modules that DeepSpeed has and this release has not are listed in `_absent`; using one says what replaces it.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 from deepspeed.__about__ import __version__
-from deepspeed._lazy import FunctionsOverModules, attach
+from deepspeed._lazy import AbsentModules, FunctionsOverModules, attach
 
 if TYPE_CHECKING:
     from deepspeed import (
@@ -127,23 +127,9 @@ _SUBMODULES = (
     "runtime",
     "utils",
 )
-_LATER = {
-    "DeepSpeedHybridEngine": "ds-inference",
-    "linear": "ds-kernels",
-    "moe": "mixture of experts, a later part of ds-zero",
-    "sequence": "sequence parallelism, a later part of ds-zero",
-}
-
-_GONE = {
-    "DualPipeVEngine": 'give the pipeline the schedule "zb_v" (config key pipeline.schedule), which is of that kind',
-    "DualPipeVModule": 'use PipelineModule(num_chunks=2, placement="v") with the schedule "zb_v"',
-    "compile": "call engine.compile(); there are no compiler passes",
-    "domino": "upstream removed it; tensor parallelism is tensor_parallel.autotp_size in the config",
-    "nvme": "there are no tools for the nvme tier",
-    "resolve_per_head_muon_after_sharding": "Muon sees whole matrices at every stage; there is nothing to resolve",
-}
-
-_get, __dir__ = attach(__name__, _NAMES, _SUBMODULES, _LATER, _GONE)
+_get, __dir__ = attach(__name__, _NAMES, _SUBMODULES)
+if not any(isinstance(finder, AbsentModules) for finder in sys.meta_path):
+    sys.meta_path.append(AbsentModules())
 
 
 def __getattr__(name: str) -> Any:

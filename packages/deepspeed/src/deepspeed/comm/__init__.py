@@ -1,5 +1,6 @@
 """Communication under upstream's names: torch.distributed's functions over ds_comm (see `comm.py` and `log.py`)."""
 
+from deepspeed._lazy import explain_absent
 from deepspeed.comm.comm import (
     all_gather,
     all_gather_coalesced,
@@ -110,3 +111,5 @@ __all__ = [
     "log_summary",
     "reset_log",
 ]
+
+explain_absent(__name__)

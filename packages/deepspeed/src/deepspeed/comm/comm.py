@@ -20,6 +20,7 @@ from torch.distributed.device_mesh import init_device_mesh
 
 import ds_comm
 import ds_comm.device
+from deepspeed._lazy import explain_absent
 from deepspeed.comm import log
 from deepspeed.utils.logging import get_caller_func, logger
 from ds_comm.log import configure as show_logger
@@ -143,3 +144,6 @@ def initialize_mesh_device(mesh_shape: tuple[int, ...], mesh_dim_names: tuple[st
     """torch DeviceMesh over all ranks, row-major (the last name varies fastest); initialises communication."""
     init_distributed()
     return init_device_mesh(ds_comm.device.device_type(), mesh_shape, mesh_dim_names=mesh_dim_names)
+
+
+explain_absent(__name__)

@@ -12,9 +12,4 @@ __getattr__, __dir__ = attach(
         "init_inference": "ds_inference.initialize:init_inference",
     },
     ("config", "engine", "quantization"),
-    {
-        "InferenceEngineV2": "no release; ds_inference.LLM serves with ragged batches",
-        "RaggedInferenceEngineConfig": "no release; ds_inference.LLM serves with ragged batches",
-        "build_hf_engine": "no release; ds_inference.LLM serves with ragged batches",
-    },
 )

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch.distributed as dist
 
+from deepspeed._lazy import explain_absent
 from deepspeed.config import ResolvedConfig, load_config, resolve
 from deepspeed.config.model_precision import Bf16, Fp16
 from deepspeed.config.model_zero import ZeroSection
@@ -171,3 +172,6 @@ class DeepSpeedConfigWriter:
     def write_config(self, filename: str | os.PathLike[str]) -> None:
         """Write the content."""
         Path(filename).write_text(json.dumps(self.data, indent=2) + "\n", encoding="utf-8")
+
+
+explain_absent(__name__)

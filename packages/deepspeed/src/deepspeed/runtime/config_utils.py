@@ -6,6 +6,7 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
+from deepspeed._lazy import explain_absent
 from deepspeed.config.base import Section
 from deepspeed.config.normalize import normalize
 from deepspeed.errors import DeepSpeedConfigError
@@ -93,3 +94,6 @@ class ScientificNotationEncoder(json.JSONEncoder):
         if isinstance(value, (list, tuple)):
             return "[" + ", ".join(self._text(item, level + 4) for item in value) + "]"
         return json.dumps(value, default=str)
+
+
+explain_absent(__name__)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from deepspeed._lazy import explain_absent
 from deepspeed.lr_arguments import (
     add_tuning_arguments,
     get_config_from_args,
@@ -49,3 +50,5 @@ __all__ = [
     "parse_arguments",
     "update_lr",
 ]
+
+explain_absent(__name__)

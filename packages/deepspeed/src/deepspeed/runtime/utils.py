@@ -18,6 +18,7 @@ from packaging.version import Version
 
 import ds_comm
 import ds_comm.device
+from deepspeed._lazy import explain_absent
 from deepspeed.accelerator import get_accelerator
 from deepspeed.accelerator.memory import available_host_memory
 from deepspeed.utils.logging import logger
@@ -231,3 +232,6 @@ def call_to_str(base: str, *args: Any, **kwargs: Any) -> str:
 def empty_cache() -> None:
     """Give cached blocks of the accelerator back."""
     ds_comm.device.empty_cache()
+
+
+explain_absent(__name__)

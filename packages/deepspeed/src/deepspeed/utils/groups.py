@@ -15,6 +15,7 @@ from __future__ import annotations
 from typing import Any
 
 import ds_comm
+from deepspeed._lazy import explain_absent
 
 mpu: Any = None
 mesh_device: Any = None
@@ -120,3 +121,5 @@ get_model_parallel_group = get_tensor_model_parallel_group = _get_model_parallel
 get_model_parallel_world_size = get_tensor_model_parallel_world_size = _get_model_parallel_world_size
 get_model_parallel_rank = get_tensor_model_parallel_rank = _get_model_parallel_rank
 get_tensor_model_parallel_src_rank = _get_tensor_model_parallel_src_rank
+
+explain_absent(__name__)

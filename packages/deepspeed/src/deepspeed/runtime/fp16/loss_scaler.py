@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from deepspeed._lazy import explain_absent
 from ds_zero.config import LossScaleConfig
 from ds_zero.precision import LossScaler as Rules
 
@@ -127,3 +128,6 @@ def CreateLossScaler(
     if dtype == torch.half and dynamic_scaling:
         return DynamicLossScaler(dtype=dtype, **dict(dynamic_loss_args or {}))
     return LossScaler(scale=static_loss_scale if dtype == torch.half else 1.0)
+
+
+explain_absent(__name__)

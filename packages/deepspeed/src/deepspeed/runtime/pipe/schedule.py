@@ -1,5 +1,6 @@
 """Upstream's path of the pipeline schedules and their instructions."""
 
+from deepspeed._lazy import explain_absent
 from ds_pipe import (
     BackwardPass,
     BufferOpInstruction,
@@ -37,3 +38,5 @@ __all__ = [
     "SendGrad",
     "TrainSchedule",
 ]
+
+explain_absent(__name__)

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 import ds_zero
+from deepspeed._lazy import explain_absent
 from deepspeed.accelerator import get_accelerator
 from deepspeed.config import parse_config
 from ds_zero import (
@@ -82,3 +83,6 @@ class Init(ds_zero.Init):
         if group is None and mpu is not None and hasattr(mpu, "get_data_parallel_group"):
             group = mpu.get_data_parallel_group()
         super().__init__(module, group=group, dtype=dtype, enabled=enabled)
+
+
+explain_absent(__name__)
