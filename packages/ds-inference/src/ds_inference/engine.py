@@ -13,7 +13,7 @@ import importlib
 import inspect
 from collections.abc import Mapping
 from contextlib import nullcontext
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +21,8 @@ from torch import Tensor, nn
 from ds_comm.log import get_logger
 from ds_inference.config import DeepSpeedInferenceConfig
 from ds_inference.decoder import Batch, Decoder, KVCache
-from ds_inference.errors import CapacityError, ModelError, RequestError
+from ds_inference.errors import ModelError
+from ds_inference.generate_call import check_request, other_loop, with_loop
 from ds_inference.generation import DecodeLoop
 from ds_inference.inject import Injection
 from ds_inference.preparation import check_supported, prepare
@@ -31,11 +32,6 @@ from ds_inference.timing import PassTimer
 __all__ = ["InferenceEngine"]
 
 logger = get_logger(__name__)
-
-_OTHER_MODES = ("assistant_model", "penalty_alpha", "dola_layers", "constraints", "force_words_ids", "custom_generate",
-    "prompt_lookup_num_tokens", "inputs_embeds", "past_key_values", "cache_implementation", "output_attentions",
-    "output_hidden_states", "synced_gpus", "token_healing", "prefill_chunk_size", "guidance_scale")  # fmt: skip
-"""Arguments of `generate` that ask for what our loop does not do."""
 
 
 class InferenceEngine(nn.Module):
@@ -143,68 +139,16 @@ class InferenceEngine(nn.Module):
             AttributeError: the module generates nothing.
         """
         generate: Any = self.module.generate
-        self._check_request(inputs, kwargs)
-        loop, decoder = self._loop, self.decoder
-        if loop is None or decoder is None or not self._is_ours(generate, kwargs):
+        check_request(self.module, inputs, kwargs, self.inference_config.max_out_tokens)
+        loop = self._loop
+        if loop is None or self.decoder is None or not self._is_ours(generate, kwargs):
             return self._timed_generate(generate, inputs, kwargs)
-        arguments = dict(kwargs)
-        streamer = arguments.get("streamer")
-        if arguments.get("stop_strings") is not None:
-            _stop_strings_as_criterion(arguments)
         measure = self._timer.measure if self.model_profile_enabled else nullcontext
-
-        def run(
-            model: Any, input_ids: Tensor, logits_processor: Any, stopping_criteria: Any, generation_config: Any,
-            **model_kwargs: Any,
-        ) -> Any:  # fmt: skip
-            if not loop.understands(model_kwargs):
-                return type(model)._sample(
-                    model, input_ids, logits_processor, stopping_criteria, generation_config, streamer=streamer,
-                    **model_kwargs,
-                )  # fmt: skip
-            return loop.run(
-                input_ids,
-                logits_processor,
-                stopping_criteria,
-                generation_config,
-                attention_mask=model_kwargs.get("attention_mask"),
-                position_ids=model_kwargs.get("position_ids"),
-                streamer=streamer,
-                measure=measure,
-            )
-
-        return generate(*inputs, **arguments, custom_generate=run)
-
-    def _check_request(self, inputs: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        beams = _setting(self.module, kwargs, "num_beams")
-        if beams is not None and beams > 1:
-            raise NotImplementedError(
-                f"num_beams is {beams}; the engine decodes greedily or by sampling; engine.module.generate does beams"
-            )
-        tokens = inputs[0] if inputs else kwargs.get("input_ids", kwargs.get("inputs"))
-        limit = self.inference_config.max_out_tokens
-        if isinstance(tokens, Tensor) and tokens.dim() == 2:
-            mask = kwargs.get("attention_mask")
-            padded = isinstance(mask, Tensor) and mask.dim() == 2
-            if not tokens.numel() or (padded and cast(Tensor, mask).shape != tokens.shape):
-                shape = "" if mask is None else f", its attention_mask {tuple(mask.shape)}"
-                raise RequestError(
-                    f"generate: the prompt has shape {tuple(tokens.shape)}{shape}; expected at least one row and one "
-                    "token, and a mask of the same shape"
-                )
-            longest = int(cast(Tensor, mask).sum(1).max()) if padded else tokens.shape[1]
-            if longest > limit:
-                raise CapacityError(
-                    f"the prompt has {longest} tokens, max_out_tokens is {limit}; raise it in init_inference"
-                )
+        return generate(*inputs, **with_loop(kwargs, loop, measure))
 
     def _is_ours(self, generate: Any, kwargs: dict[str, Any]) -> bool:
         """Whether our loop does what is asked; if not, says so once."""
-        reason = next((key for key in _OTHER_MODES if _setting(self.module, kwargs, key)), None)
-        if kwargs.get("stop_strings") is None and _setting(self.module, kwargs, "stop_strings"):
-            reason = "stop_strings of a generation config"
-        if reason is None and "custom_generate" not in inspect.signature(generate).parameters:
-            reason = "this version of transformers, whose generate takes no loop of ours,"
+        reason = other_loop(self.module, generate, kwargs)
         if reason is not None and reason not in self._warned:
             self._warned.add(reason)
             logger.warning("generate: %s needs the module's own loop, without the fused decoder", reason)
@@ -259,27 +203,6 @@ class InferenceEngine(nn.Module):
         if self.injection is not None:
             self.injection.revert()
             self.injection = None
-
-
-def _setting(module: nn.Module, kwargs: dict[str, Any], name: str) -> Any:
-    """An argument of `generate`: given, else of the given generation config, else of the module's."""
-    if kwargs.get(name) is not None:
-        return kwargs[name]
-    for config in (kwargs.get("generation_config"), getattr(module, "generation_config", None)):
-        if config is not None and getattr(config, name, None) is not None:
-            return getattr(config, name)
-    return None
-
-
-def _stop_strings_as_criterion(arguments: dict[str, Any]) -> None:
-    """`stop_strings` and `tokenizer` become a stopping criterion: transformers does not pass them on to our loop."""
-    generation = importlib.import_module("transformers.generation")
-    strings, tokenizer = arguments.pop("stop_strings"), arguments.pop("tokenizer", None)
-    if tokenizer is None:
-        raise ValueError("generate: stop_strings needs the tokenizer as well; give tokenizer=...")
-    criteria = generation.StoppingCriteriaList(arguments.get("stopping_criteria") or [])
-    criteria.append(generation.StopStringCriteria(tokenizer, strings))
-    arguments["stopping_criteria"] = criteria
 
 
 def _plain_prompt(module: nn.Module, inputs: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:

@@ -44,9 +44,9 @@ class DecodeLoop:
     streamer, have a cache (and its program) each.
     """
 
-    def __init__(self, decoder: Decoder, max_tokens: int, min_tokens: int = 1) -> None:
-        """`max_tokens`: of a row, prompt included; `min_tokens`: room that every cache has."""
-        self.decoder, self.max_tokens, self.min_tokens = decoder, max_tokens, min_tokens
+    def __init__(self, decoder: Decoder, max_tokens: int, min_tokens: int = 1, where: str = "init_inference") -> None:
+        """`max_tokens`: of a row, prompt included (said in `where`); `min_tokens`: room that every cache has."""
+        self.decoder, self.max_tokens, self.min_tokens, self.where = decoder, max_tokens, min_tokens, where
         self._kept: list[KVCache] = []
         self._lock = threading.Lock()
 
@@ -187,7 +187,7 @@ class _Run:
             max_length = self.columns + limit - longest
         wanted = longest + max_length - self.columns
         if wanted > limit:
-            reason, remedy = "max_out_tokens", "raise it in init_inference, or ask for fewer tokens"
+            reason, remedy = "max_out_tokens", f"raise it in {loop.where}, or ask for fewer tokens"
             if positions is not None and positions < loop.max_tokens:
                 reason, remedy = "the number of the model's positions", "ask for fewer tokens, or shorten the prompt"
             raise CapacityError(

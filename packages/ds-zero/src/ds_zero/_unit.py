@@ -95,6 +95,8 @@ class Unit:
         self._index = {slot.name: index for index, slot in enumerate(layout.slots)}
         self.held: set[int] = set()
         """Slots whose `param.data` is a private copy, owned by GatheredParameters."""
+        self.pinned = False
+        """Whether `release` does nothing: the whole model is gathered (`ShardedModel.gather`)."""
         self._versions: list[int] = []
 
     # -- values -------------------------------------------------------------------------------------------------
@@ -128,6 +130,8 @@ class Unit:
     def publish(self, bucket_numel: int) -> None:
         """Cast the master into the parameters' memory (done by the update) and exchange it."""
         self.storage.publish(bucket_numel)
+        if self.pinned:
+            self.storage.gather()
 
     # -- gather and release ------------------------------------------------------------------------------------
 
@@ -148,8 +152,8 @@ class Unit:
         self._versions = [parameter._version for parameter in self.parameters]
 
     def release(self) -> None:
-        """Give the gathered memory back; the own shard stays. Replicated units stay gathered."""
-        if self.status is UnitStatus.SHARDED or not self.sharded:
+        """Give the gathered memory back; the own shard stays. Replicated and pinned units stay gathered."""
+        if self.status is UnitStatus.SHARDED or not self.sharded or self.pinned:
             return
         self.detach()
         self.storage.release()

@@ -260,6 +260,33 @@ class ShardedModel:
         if self.hooks is not None:
             self.hooks.end_micro_batch()
 
+    def gather(self) -> None:
+        """Have every parameter whole on this rank until `release`: forwards in between communicate nothing.
+
+        One gather of each sharded unit; nothing if it is so already. Collective where gathering copies (all but shared
+        memory), and after a backward that nothing has ended yet.
+        """
+        self._begin_forward()
+        works = []
+        for unit in self.units:
+            if unit.sharded and not unit.pinned:
+                unit.pinned = True
+                works.append(unit.gather(async_op=True))
+        for work in works:
+            if work is not None:
+                work.wait()
+
+    def release(self) -> None:
+        """Undo `gather`: units are there only while they are used, as before. Local; twice is no error."""
+        for unit in self.units:
+            if unit.pinned:
+                unit.pinned = False
+                unit.release()
+
+    def owns_hook(self, hook: Any) -> bool:
+        """Whether a module's forward hook is one of those that gather and release; it changes no result."""
+        return self.hooks is not None and getattr(hook, "__self__", None) is self.hooks
+
     def parameter_segments(self, *, shard_only: bool = True) -> list[StateSegment]:
         """Parameters that no optimizer updates: the own elements (what a checkpoint saves), or all this rank holds."""
         segments = []

@@ -39,6 +39,7 @@ class Decoder:
         dtype, device: of the weights (of what is computed with, when they are quantised).
         communicator: the tensor-parallel group's; None: one rank has it all.
         activation_bits: of what goes into quantised layers; None: as it is.
+        copied_nbytes: of a lent model's weights, what could not be views and is held a second time.
         fused: whether programs are used where they can be; set it to False for the operations alone.
     """
 
@@ -52,7 +53,9 @@ class Decoder:
         activation_bits: int | None = None,
         bound: Sequence[tuple[nn.Module, str, int]] = (),
         restore: Sequence[Callable[[], None]] = (),
+        copied_nbytes: int = 0,
     ) -> None:
+        self.copied_nbytes = copied_nbytes
         self._forward: Forward | None = Forward(model, parallel, activation_bits)
         self._bound, self._restore = list(bound), list(restore)
         self.config = config

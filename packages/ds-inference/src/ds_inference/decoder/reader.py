@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ds_inference.decoder.borrow import Borrowing
 from ds_inference.decoder.decoder import Decoder
 from ds_inference.decoder.families import FAMILIES, Family, family_of
 from ds_inference.decoder.rope import rope_tables
@@ -34,7 +35,9 @@ _ACTIVATIONS: dict[str, Activation] = {
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
-def read_decoder(model: nn.Module, quantization: QuantizationSpec | None = None) -> Decoder:
+def read_decoder(
+    model: nn.Module, quantization: QuantizationSpec | None = None, *, borrowing: Borrowing | None = None
+) -> Decoder:
     """Read a model of transformers.
 
     Its weights are used where they are, or become views of fused ones: values, names and gradients of the model's
@@ -45,6 +48,9 @@ def read_decoder(model: nn.Module, quantization: QuantizationSpec | None = None)
         model: a causal language model (`AutoModelForCausalLM`) of a known family, all parameters on one device.
         quantization: which linear layers are quantised on the way; they are replaced by `QuantizedLinear` in the model.
             Layers that are quantised already are read as they are.
+        borrowing: the model is its owner's, who trains it: nothing of it is changed. Fused weights are views where the
+            owner's memory allows it, else copies (`Decoder.copied_nbytes`), for which it is to be read again after an
+            update; linear layers may have low-rank adapters. Not with `quantization`.
 
     Returns:
         Decoder.
@@ -53,6 +59,8 @@ def read_decoder(model: nn.Module, quantization: QuantizationSpec | None = None)
         ModelError: another family, a configuration or a module that is not as the family's, a parameter that is not
             known, weights that are not loaded.
     """
+    if borrowing is not None and quantization is not None:
+        raise ModelError("a lent model stays as it is, so it cannot be quantised; leave quantization out")
     config = getattr(model, "config", None)
     family = family_of(config)
     if family is None or config is None:
@@ -62,7 +70,7 @@ def read_decoder(model: nn.Module, quantization: QuantizationSpec | None = None)
             "Leave kernel injection out for it"
         )
     _check_config(config, family)
-    dry = WeightReader(model, quantization, dry=True)
+    dry = WeightReader(model, quantization, dry=True, borrowing=borrowing)
     read, _ = _read(model, config, family, dry)
     if names := dry.left_over():
         more = f" and {len(names) - 1} others" if len(names) > 1 else ""
@@ -71,7 +79,7 @@ def read_decoder(model: nn.Module, quantization: QuantizationSpec | None = None)
             "merge or remove what was added to the model"
         )
     _check_sizes(read, model)
-    reader = WeightReader(model, quantization, dry=False)
+    reader = WeightReader(model, quantization, dry=False, borrowing=borrowing)
     data, limit = _read(model, config, family, reader)
     return Decoder(
         data,
@@ -81,6 +89,7 @@ def read_decoder(model: nn.Module, quantization: QuantizationSpec | None = None)
         activation_bits=reader.activation_bits,
         bound=reader.bound(),
         restore=reader.restore,
+        copied_nbytes=reader.copies.nbytes,
     )
 
 

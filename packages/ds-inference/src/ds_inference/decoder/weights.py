@@ -19,6 +19,8 @@ import torch
 from torch import Tensor, nn
 
 from ds_comm import Communicator
+from ds_inference.decoder.adapters import LowRank, adapted
+from ds_inference.decoder.borrow import Borrowing, Copies, Rows
 from ds_inference.decoder.parallel import Parallel
 from ds_inference.decoder.quantized import join, quantized_rows, split
 from ds_inference.errors import ModelError
@@ -38,13 +40,14 @@ _PARALLEL = (ColumnParallelLinear, RowParallelLinear, VocabParallelHead)
 
 @dataclasses.dataclass(frozen=True)
 class _Linear:
-    """One linear layer: its weight is a parameter (turned: [inputs, outputs]), or quantised."""
+    """One linear layer: its weight is a parameter (turned: [inputs, outputs]), or quantised; adapters of a lent one."""
 
     module: nn.Module
     name: str
     weight: nn.Parameter | QuantizedWeight
     turned: bool
     bias: nn.Parameter | None
+    low_rank: tuple[LowRank, ...] = ()
 
     @property
     def outputs(self) -> int:
@@ -60,11 +63,20 @@ class _Linear:
 class WeightReader:
     """Attributes:
     restore: what gives each parameter that is a view of a fused weight its own storage back.
+    copies: of a lent model, whose parameters stay where they are.
     activation_bits: of the quantised layers; None: their inputs are as they are.
     """
 
-    def __init__(self, model: nn.Module, quantization: QuantizationSpec | None, *, dry: bool) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        quantization: QuantizationSpec | None,
+        *,
+        dry: bool,
+        borrowing: Borrowing | None = None,
+    ) -> None:
         self._model = model
+        self._borrowing = borrowing
         self._modules = {id(module): name for name, module in model.named_modules()}
         self._parameters = {id(parameter): name for name, parameter in model.named_parameters()}
         self._taken: set[int] = set()
@@ -77,6 +89,7 @@ class WeightReader:
         self._head_sizes: tuple[int, ...] | None = None
         self._formats: set[int | None] = set() if quantization is None else {quantization.activation_bits}
         self.restore: list[Callable[[], None]] = []
+        self.copies = Copies()
 
     def bound(self) -> list[tuple[nn.Module, str, int]]:
         """Where the parameters that were taken are: module, attribute, address of the elements."""
@@ -136,7 +149,7 @@ class WeightReader:
     def projection(self, modules: Sequence[nn.Module]) -> Projection:
         """Linear layers over the same input as one."""
         parts = [self._linear(module) for module in modules]
-        kinds = {(type(module), isinstance(part.weight, Tensor)) for module, part in zip(modules, parts, strict=True)}
+        kinds = {(type(part.module), isinstance(part.weight, Tensor)) for part in parts}
         if len(kinds) > 1:
             self._refuse(parts, "are of several kinds")
         form = self._format(parts)
@@ -144,9 +157,9 @@ class WeightReader:
         biases = [part.bias for part in parts if part.bias is not None]
         if biases and len(biases) < len(parts):
             self._refuse(parts, "have a bias only in part")
-        bias = self._joined(biases, [False] * len(biases)) if biases else None
+        bias = self._joined([Rows(each) for each in biases]) if biases else None
         projection = Projection(weight, bias)
-        first = modules[0]
+        first = parts[0].module
         if isinstance(first, RowParallelLinear):
             self._summed.add(id(projection))
         elif isinstance(first, VocabParallelHead):
@@ -156,7 +169,14 @@ class WeightReader:
         return projection
 
     def _linear(self, module: nn.Module) -> _Linear:
-        known = type(module) in (nn.Linear, QuantizedLinear, *_PARALLEL) or _is_conv1d(module)
+        found = None if self._borrowing is None else adapted(module)
+        low_rank = () if found is None else found.low_rank
+        if found is not None:
+            self._check(module, True, "")
+            self._taken.update(id(parameter) for parameter in module.parameters())
+            module = found.base
+        chat = found is not None and found.base is module and hasattr(module, "lora_left_weight")
+        known = chat or type(module) in (nn.Linear, QuantizedLinear, *_PARALLEL) or _is_conv1d(module)
         self._check(module, known, "a torch Linear (a layer that was replaced or wrapped cannot be read)")
         bias = None if getattr(module, "bias", None) is None else self._take(module, "bias")
         name = self.name(module)
@@ -164,13 +184,14 @@ class WeightReader:
             self._formats.add(module.activation_bits)
             return _Linear(module, name, module.quantized, False, bias)
         turned = _is_conv1d(module) or bool(getattr(module, "transposed", False))
-        return _Linear(module, name, self._take(module, "weight"), turned, bias)
+        return _Linear(module, name, self._take(module, "weight"), turned, bias, low_rank)
 
     def _check(self, module: nn.Module, fits: bool, expected: str) -> None:
         name = self.name(module)
         if not fits:
             raise ModelError(f"{name} is a {type(module).__name__}; expected {expected}")
-        if module._forward_hooks or module._forward_pre_hooks:
+        hooks = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
+        if not all(self._borrowing is not None and self._borrowing.ignores(hook) for hook in hooks):
             raise ModelError(f"{name} has a forward hook, which the decoder would not run; remove the hook first")
 
     def _take(self, module: nn.Module, key: str) -> nn.Parameter:
@@ -189,28 +210,32 @@ class WeightReader:
     # -- dense weights
 
     def _dense(self, parts: Sequence[_Linear]) -> Tensor:
-        weights = [part.weight for part in parts if isinstance(part.weight, Tensor)]
-        return self._joined(weights, [part.turned for part in parts])
+        return self._joined(
+            [Rows(part.weight, part.turned, part.low_rank) for part in parts if isinstance(part.weight, Tensor)]
+        )
 
-    def _joined(self, parts: Sequence[nn.Parameter], turned: Sequence[bool]) -> Tensor:
+    def _joined(self, parts: Sequence[Rows]) -> Tensor:
         """Parts below one another, contiguous; they become views of it unless it is one that fits as it is."""
-        first = parts[0].t() if turned[0] else parts[0]
-        if len(parts) == 1 and first.is_contiguous():
+        first = parts[0].parameter.t() if parts[0].turned else parts[0].parameter
+        if len(parts) == 1 and first.is_contiguous() and not parts[0].low_rank:
             return first.detach()
-        for part in parts:
-            if id(part) in self._fused:
-                raise ModelError(f"{self._parameters[id(part)]} is shared by several layers; expected one for each")
-            self._fused.add(id(part))
-        rows = [part.shape[1 if turn else 0] for part, turn in zip(parts, turned, strict=True)]
+        rows = [part.shape[0] for part in parts]
         shape = (sum(rows), *first.shape[1:])
+        if self._borrowing is not None and not self._dry:
+            return self.copies.join(parts)
+        for part in parts if self._borrowing is None else ():
+            if id(part.parameter) in self._fused:
+                name = self._parameters[id(part.parameter)]
+                raise ModelError(f"{name} is shared by several layers; expected one for each")
+            self._fused.add(id(part.parameter))
         if self._dry:
             return torch.empty(shape, dtype=first.dtype, device="meta")
         joined = torch.empty(shape, dtype=first.dtype, device=first.device)
-        for part, turn, target in zip(parts, turned, joined.split(rows), strict=True):
-            view = target.t() if turn else target
-            view.copy_(part.detach())
-            part.data = view
-            self.restore.append(_own_data(part))
+        for part, target in zip(parts, joined.split(rows), strict=True):
+            view = target.t() if part.turned else target
+            view.copy_(part.parameter.detach())
+            part.parameter.data = view
+            self.restore.append(_own_data(part.parameter))
         return joined
 
     # -- quantised weights
