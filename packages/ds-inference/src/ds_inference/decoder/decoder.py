@@ -56,7 +56,7 @@ class Decoder:
         copied_nbytes: int = 0,
     ) -> None:
         self.copied_nbytes = copied_nbytes
-        self._forward: Forward | None = Forward(model, parallel, activation_bits)
+        self._forward: Forward | None = Forward(model, activation_bits, parallel)
         self._bound, self._restore = list(bound), list(restore)
         self.config = config
         self.max_positions = max_positions
