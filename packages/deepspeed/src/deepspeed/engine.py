@@ -22,6 +22,7 @@ import ds_comm
 import ds_comm.device
 import ds_zero
 from deepspeed import checkpoint_io
+from deepspeed.compilation import CompiledModel, compile_model, refuse_compile_pass
 from deepspeed.config import ConfigGetters, ResolvedConfig
 from deepspeed.config.getters import TORCH_DTYPES
 from deepspeed.config.translate import zero_config
@@ -44,7 +45,7 @@ class DeepSpeedEngine(ConfigGetters, nn.Module):
         module: the client's model object. optimizer: ZeroOptimizer, or what stands for it without one.
         basic_optimizer: the torch optimizer inside. lr_scheduler: may be replaced or set to None at any time.
         global_steps, global_samples, micro_steps, skipped_steps: counters since the beginning of training.
-        callbacks: listeners (`deepspeed.events.Callback`).
+        callbacks: listeners (`deepspeed.events.Callback`). compiled: what `compile` did, None before.
     """
 
     def __init__(
@@ -77,7 +78,7 @@ class DeepSpeedEngine(ConfigGetters, nn.Module):
         self.enable_backward_allreduce = True
         self._boundary: bool | None = None
         self._backward_pending = False
-        self._compiled = False
+        self.compiled: CompiledModel | None = None
         _, zero_optimizer = ds_zero.shard(
             self.module, optimizer, config=zero_config(config), group=group, **self._sharding()
         )
@@ -351,15 +352,45 @@ class DeepSpeedEngine(ConfigGetters, nn.Module):
         self.callbacks.add(callback)
 
     def compile(
-        self, backend: str | Callable[..., Any] = "inductor", compile_kwargs: dict[str, Any] | None = None, **_: Any
+        self,
+        backend: str | Callable[..., Any] | None = None,
+        compile_kwargs: dict[str, Any] | None = None,
+        schedule: Any = None,
+        compiled_autograd_enabled: bool = False,
     ) -> None:
-        """Compile the module in place with torch.compile."""
-        self.module.compile(backend=backend, **(compile_kwargs or {}))
-        self._compiled = True
+        """Compile the model's blocks in place with torch.compile (see `deepspeed.compilation`); again: anew.
+
+        Args:
+            backend: as torch.compile's; default: the accelerator's ("inductor").
+            compile_kwargs: further arguments of torch.compile.
+            schedule, compiled_autograd_enabled: of upstream's compiler passes; refused.
+        Raises:
+            DeepSpeedConfigError (ValueError): a refused argument, or an unknown backend.
+        """
+        if self.compiled is not None:
+            self.compiled.close()
+        self.compiled = compile_model(
+            self.module,
+            self._sharding().get("units"),
+            gathers=self.zero_optimization_stage() >= 3,
+            backend=backend,
+            compile_kwargs=compile_kwargs,
+            schedule=schedule,
+            compiled_autograd_enabled=compiled_autograd_enabled,
+        )
 
     @property
     def is_compiled(self) -> bool:
-        return self._compiled
+        """Whether `compile` was called."""
+        return self.compiled is not None
+
+    def get_compile_time(self) -> float:
+        """Seconds that this process has spent compiling since `compile`; 0.0 without it."""
+        return 0.0 if self.compiled is None else self.compiled.seconds
+
+    def register_compile_pass(self, name: str, opt_pass_fn: Callable[..., Any], contract: Any = None) -> None:
+        """Refused: upstream's compiler passes do not exist here; a backend may change the graphs."""
+        refuse_compile_pass(name)
 
     # -- checkpoints ---------------------------------------------------------------------------------------------
 
@@ -471,6 +502,8 @@ class DeepSpeedEngine(ConfigGetters, nn.Module):
         """
         checkpoint_io.wait(self)
         self.monitor.close()
+        if self.compiled is not None:
+            self.compiled.close()
         if isinstance(self.optimizer, ds_zero.ZeroOptimizer):
             self.optimizer.close()
         if self.zero_optimization_stage() < 3:

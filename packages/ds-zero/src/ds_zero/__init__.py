@@ -31,6 +31,7 @@ from ds_zero.access import (
     z3_leaf_module,
     z3_leaf_parameter,
 )
+from ds_zero.blocks import block_modules
 from ds_zero.config import LossScaleConfig, ZeroConfig
 from ds_zero.cost import MemoryCost, StepCost, memory_per_rank, traffic_per_step
 from ds_zero.errors import CheckpointError, LayoutError, NonFiniteGradientError, ZeroError, ZeroStateError
@@ -68,6 +69,7 @@ __all__ = [
     "ZeroStateError",
     "__version__",
     "accumulated_gradient",
+    "block_modules",
     "gathered_units",
     "get_z3_leaf_modules",
     "memory_per_rank",

@@ -19,6 +19,11 @@ forward, and again for the whole backward. So does a module that returns a param
 Note [Enclosing]: an owner that runs other owners inside its forward (a root with parameters of its own) may use its
 parameters before, between and after them. Its units stay gathered until its own forward ends, even if an inner owner
 shares them, and in backward from the arrival of its outputs' gradients to the end.
+
+Note [Compiled]: torch.compile is given an owner's `forward`, so that the hooks run outside of what is compiled: a graph
+finds its parameters gathered, and knows them as its inputs. While one is traced, reads are not reported: the hooks'
+own state would become guards, and every block a recompilation. A compiled forward therefore has no strays; it uses the
+parameters of its own owner and of those that are running.
 """
 
 from __future__ import annotations
@@ -30,6 +35,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.compiler import is_dynamo_compiling
 
 from ds_comm import Work
 from ds_zero._unit import Unit, UnitStatus
@@ -78,7 +84,7 @@ class WatchedParameters(dict[str, Any]):
 
     def __getitem__(self, key: str) -> Any:
         value = super().__getitem__(key)
-        if value is not None:
+        if value is not None and not is_dynamo_compiling():
             self._on_read(value)
         return value
 

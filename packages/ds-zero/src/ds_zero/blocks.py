@@ -16,7 +16,7 @@ from torch import nn
 
 from ds_zero.errors import LayoutError
 
-__all__ = ["Block", "find_blocks"]
+__all__ = ["Block", "block_modules", "find_blocks"]
 
 REST_NUMEL = 1 << 22
 """Elements; small modules outside blocks (final norm, pooler, heads) share a unit up to this size."""
@@ -87,6 +87,20 @@ def _select(model: nn.Module, units: UnitSpec) -> set[nn.Module]:
     return chosen
 
 
+def block_modules(model: nn.Module, units: UnitSpec | None = None) -> dict[str, nn.Module]:
+    """The modules that are gathered as a whole (transformer blocks, as a rule), by name, in model order.
+
+    Args and errors are those of `find_blocks`; what is outside of blocks is left out.
+    """
+    named, automatic = _named(model, units), units is None
+    return {name: module for name, module, is_block in _walk(model, "", named, automatic) if is_block}
+
+
+def _named(model: nn.Module, units: UnitSpec | None) -> set[nn.Module]:
+    named = set() if units is None else _select(model, units)
+    return named | {m for m in model.modules() if getattr(m, "_z3_leaf", False)}
+
+
 def find_blocks(model: nn.Module, units: UnitSpec | None = None) -> list[Block]:
     """Partition all parameters of `model` into blocks, in model order, each parameter once (ties at first sight).
 
@@ -96,8 +110,7 @@ def find_blocks(model: nn.Module, units: UnitSpec | None = None) -> list[Block]:
     Raises:
         LayoutError: a name or class that matches no module.
     """
-    named = set() if units is None else _select(model, units)
-    leaves = {m for m in model.modules() if getattr(m, "_z3_leaf", False)}
+    named = _named(model, units)
     blocks: list[Block] = []
     seen: dict[nn.Parameter, Block] = {}
 
@@ -119,7 +132,7 @@ def find_blocks(model: nn.Module, units: UnitSpec | None = None) -> list[Block]:
             blocks.append(block)
         seen.update(dict.fromkeys(fresh, block))
 
-    for name, module, is_block in _walk(model, "", named | leaves, automatic=units is None):
+    for name, module, is_block in _walk(model, "", named, automatic=units is None):
         if is_block:
             claim(name, module, list(module.parameters()), merge=False)
         else:
