@@ -24,7 +24,8 @@ from ds_kernels import (
     use_backend,
 )
 from ds_kernels._cpu.launch import HAS_NUMBA
-from ds_kernels.ops.decode import composed, reference
+from ds_kernels.ops.decode import composed, eager, reference
+from ds_kernels.ops.linear import cpu as linear_cpu
 
 needs_numba = pytest.mark.skipif(not HAS_NUMBA, reason="numba is not installed")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -313,6 +314,66 @@ def test_decode_as_a_composition(backend: str, name: str) -> None:
     sizes = Sizes(layers=1) if backend == "triton" else Sizes()
     model = build(sizes, VARIANTS[name])
     check(model, state(sizes, torch.float32, [19, 1, 40]), 1e-4, composed.decode)
+
+
+@pytest.fixture
+def without_numba(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The steps of CPUs without numba, also where there is one."""
+    monkeypatch.setattr(eager, "HAS_NUMBA", False)
+    monkeypatch.setattr(linear_cpu, "HAS_NUMBA", False)
+
+
+@pytest.mark.usefixtures("without_numba")
+@pytest.mark.parametrize(
+    "name", [name for name, variant in VARIANTS.items() if "attention_softcap" not in variant.fields]
+)
+@pytest.mark.parametrize(
+    ("lengths", "block"), [([19, 1, 40], 16), ([19, 1, 40], 600), ([33], 16), ([33], 600), ([16, 16], 16)], ids=str
+)
+def test_steps_without_numba(name: str, lengths: list[int], block: int) -> None:
+    torch.manual_seed(0)
+    sizes = Sizes()
+    model, start = build(sizes, VARIANTS[name]), state(sizes, torch.float32, lengths, block)
+    assert eager.takes_eager(model, composed.OneEach(*start.inputs))
+    check(model, start, 1e-4, composed.decode)
+
+
+@pytest.mark.usefixtures("without_numba")
+@pytest.mark.parametrize("rows", [1, 2, 3])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_16_bits_without_numba(rows: int, dtype: torch.dtype) -> None:
+    """Few rows of bf16 go to torch's product with a vector; the greatest logits are not rounded to 16 bits."""
+    torch.manual_seed(0)
+    sizes = Sizes(vocabulary=1000)
+    model, start = build(sizes, Variant(dtype=dtype, norm_offset=1.0)), state(sizes, dtype, [9, 30, 31][:rows])
+    logits = check(model, start, 3e-2, composed.decode)
+    greatest = logits.topk(100).values
+    assert (greatest != greatest.to(dtype)).float().mean() > 0.5
+    mine = start.copy()
+    exact = composed.decode(model, *start.inputs, *([part.float() for part in side] for side in (mine.k, mine.v)))
+    assert (exact - logits).abs().max() <= 3e-2 * exact.abs().max(), "caches of another dtype"
+
+
+@pytest.mark.usefixtures("without_numba")
+def test_rows_that_write_nothing_and_padding_without_numba() -> None:
+    torch.manual_seed(0)
+    sizes = Sizes()
+    check(build(sizes, Variant()), state(sizes, torch.float32, [4, 17, 30], unwritten=2), 1e-4, composed.decode)
+    check(build(sizes, Variant()), state(sizes, torch.float32, [0, 17, 30], unwritten=2), 1e-4, composed.decode)
+
+
+@pytest.mark.usefixtures("without_numba")
+@pytest.mark.parametrize(
+    ("which", "value", "text"), [(2, 1 << 40, "slots"), (3, 99, "block"), (3, -1, "block"), (4, 99, "context_lens")]
+)
+def test_an_index_out_of_range_without_numba(which: int, value: int, text: str) -> None:
+    sizes = Sizes()
+    model, start = build(sizes, Variant()), state(sizes, torch.float32, [12])
+    mine, inputs = start.copy(), [part.clone() for part in start.inputs]
+    inputs[which].fill_(value)
+    with pytest.raises(KernelArgumentError, match=text):
+        composed.decode(model, *inputs, mine.k, mine.v)
+    assert all(torch.equal(a, b) for a, b in zip(mine.k, start.k, strict=True))
 
 
 def test_composition_of_quantised_embeddings() -> None:

@@ -12,6 +12,7 @@ from numerics import DTYPES, assert_accurate
 from torch import Tensor
 
 from ds_kernels import KernelArgumentError, QuantizedWeight, bind_linear, linear, quantize_weight, use_backend
+from ds_kernels.ops.linear import cpu as linear_cpu
 from ds_kernels.ops.linear.reference import quantize_activations
 from ds_kernels.ops.linear.weight import pack, unpack
 
@@ -95,6 +96,32 @@ def test_bf16_weights(backend: str, shape: tuple[int, int], bias: bool) -> None:
         expected = x.double() @ weight.double().t() + (0.0 if shift is None else shift.double())
         magnitude = float((x.abs().double() @ weight.abs().double().t()).max())
         assert_accurate(linear(x, weight, shift), expected, magnitude=magnitude)
+
+
+@pytest.mark.parametrize("shape", [(48, 64), (33, 100), (300, 576)], ids=str)
+@pytest.mark.parametrize("rows", [1, 2, 3])
+def test_bf16_weights_without_numba(monkeypatch: pytest.MonkeyPatch, shape: tuple[int, int], rows: int) -> None:
+    monkeypatch.setattr(linear_cpu, "HAS_NUMBA", False)
+    monkeypatch.setattr(linear_cpu, "_HAS_VECTORS", True)
+    weight = torch.randn(shape).bfloat16().requires_grad_()
+    x = torch.randn(rows, 1, shape[1]).bfloat16().requires_grad_()
+    y = linear(x, weight)
+    assert linear_cpu.takes_vectors(x, weight, None) == (rows < 3)
+    magnitude = float(x.abs().amax().double() * weight.abs().sum(1).amax())
+    assert_accurate(y, x.double() @ weight.double().t(), magnitude=magnitude, fp32_terms=16.0)
+    grad = torch.randn_like(y)
+    found = torch.autograd.grad(y, (x, weight), grad)
+    torch.testing.assert_close(found[0], grad @ weight, rtol=1e-2, atol=1e-1)
+    torch.testing.assert_close(found[1], grad.flatten(0, 1).t() @ x.flatten(0, 1), rtol=1e-2, atol=1e-1)
+
+
+def test_onednn_is_on_again_when_the_last_thread_has_left() -> None:
+    switch = linear_cpu.WithoutOneDNN()
+    with switch:
+        with switch:
+            assert not torch.backends.mkldnn.enabled
+        assert not torch.backends.mkldnn.enabled
+    assert torch.backends.mkldnn.enabled
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

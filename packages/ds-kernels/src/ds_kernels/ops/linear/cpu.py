@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -15,14 +16,28 @@ from ds_kernels._cpu.launch import HAS_NUMBA, bind, launch
 from ds_kernels.ops.linear import reference
 from ds_kernels.ops.linear.weight import PANEL, QuantizedWeight, middle
 
-__all__ = ["FEW_ROWS", "bound", "linear", "linear_backward", "linear_bf16", "takes_bf16"]
+__all__ = [
+    "FEW_ROWS",
+    "WithoutOneDNN",
+    "bound",
+    "by_vectors",
+    "linear",
+    "linear_backward",
+    "linear_bf16",
+    "takes_bf16",
+    "takes_vectors",
+]
 
 FEW_ROWS = 8
 """Activation rows that one pass over the weights serves."""
+VECTOR_ROWS = 2
+"""Rows of bf16 for which, without numba, torch's own product with a vector is faster than oneDNN's with a matrix."""
 CHUNK_NUMEL = 1 << 20
 """Elements of a weight that are dequantised at a time."""
 GRAIN_NBYTES = 1 << 15
 """Bytes of weights that are handed to a thread at a time."""
+_HAS_VECTORS = torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512")
+"""Whether torch was built with its fast product of a bf16 matrix and a vector for this CPU."""
 TILE_NBYTES = 1 << 14
 """Bytes of bf16 activations that stay in the first cache while weight rows pass by."""
 TILED_GRAIN = 16
@@ -130,6 +145,56 @@ def takes_bf16(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
         and weight.is_contiguous()
         and (bias is None or (bias.dtype in CODES and bias.is_contiguous()))
     )
+
+
+def takes_vectors(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
+    """Whether `by_vectors` is for these: one or two rows of bf16 where numba is missing."""
+    return (
+        not HAS_NUMBA
+        and bias is None
+        and x.dtype == torch.bfloat16
+        and 0 < x.numel() <= VECTOR_ROWS * weight.shape[1]
+        and weight.is_contiguous()
+        and _HAS_VECTORS
+        and not torch.compiler.is_compiling()
+    )
+
+
+def by_vectors(x: Tensor, weight: Tensor) -> Tensor:
+    """x @ weight.T row by row, by torch's own loop: it reads weights twice as fast as oneDNN's for one row."""
+    columns = weight.shape[1]
+    with _WITHOUT_ONEDNN:
+        if x.numel() == columns:
+            return torch.mv(weight, x.reshape(columns)).view(*x.shape[:-1], -1)
+        rows = [torch.mv(weight, row) for row in x.reshape(-1, columns).unbind()]
+    return torch.stack(rows).view(*x.shape[:-1], -1)
+
+
+class WithoutOneDNN:
+    """oneDNN switched off while somebody is inside: the switch is the process's, so threads are counted."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._inside = 0
+        self._before: Any = True
+
+    def __enter__(self) -> None:
+        switch: Any = torch.backends.mkldnn
+        with self._lock:
+            if not self._inside:
+                self._before = switch.enabled
+                switch.enabled = False
+            self._inside += 1
+
+    def __exit__(self, *error: object) -> None:
+        switch: Any = torch.backends.mkldnn
+        with self._lock:
+            self._inside -= 1
+            if not self._inside:
+                switch.enabled = self._before
+
+
+_WITHOUT_ONEDNN = WithoutOneDNN()
 
 
 def linear_bf16(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
