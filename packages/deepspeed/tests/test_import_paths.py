@@ -67,6 +67,11 @@ PATHS = {
     "deepspeed.runtime.config_utils": "DeepSpeedConfigModel get_scalar_param",
     "deepspeed.runtime.base_optimizer": "DeepSpeedOptimizer ZeROOptimizer",
     "deepspeed.runtime.dataloader": "DeepSpeedDataLoader RepeatingLoader",
+    "deepspeed.runtime.data_pipeline.curriculum_scheduler": "CurriculumScheduler",
+    "deepspeed.runtime.data_pipeline.data_sampling.indexed_dataset": (
+        "MMapIndexedDataset MMapIndexedDatasetBuilder data_file_path index_file_path make_builder make_dataset"
+    ),
+    "deepspeed.runtime.data_pipeline.data_sampling.variable_batch_size_and_lr": "batch_by_seqlens scale_lr",
     "deepspeed.runtime.lr_schedules": (
         "LRRangeTest OneCycle VALID_LR_SCHEDULES WarmupCosineLR WarmupDecayLR WarmupLR add_tuning_arguments"
     ),
@@ -153,13 +158,13 @@ PATHS = {
 ABSENT = [
     "accelerator.npu_accelerator autotuning.autotuner checkpoint.deepspeed_checkpoint checkpoint.ds_to_universal",
     "comm.torch comm.utils compile.passes compression.compress datastates domino elasticity.elasticity",
-    "inference.v2.engine_v2 io linear.optimized_linear model_implementations.diffusers module_inject.auto_ep",
-    "module_inject.containers.llama module_inject.layers module_inject.policy moe.layer moe.sharded_moe moe.utils",
+    "inference.v2.engine_v2 io model_implementations.diffusers module_inject.auto_ep",
+    "module_inject.containers.llama module_inject.layers module_inject.policy",
     "nebula.config nvme ops.aio ops.fp_quantizer ops.op_builder.builder ops.quantizer ops.sparse_attention",
     "ops.transformer.inference.config runtime.bf16_optimizer runtime.checkpoint_engine.checkpoint_engine",
     "runtime.constants runtime.data_pipeline.data_routing.basic_layer runtime.fp16.onebit.adam runtime.quantize",
-    "runtime.sequence_parallel.ulysses_sp runtime.sparse_tensor runtime.superoffload runtime.swap_tensor.aio_config",
-    "runtime.zenflow.engine runtime.zero.mics runtime.zero.offload_states sequence.layer utils.debug utils.torch",
+    "runtime.sparse_tensor runtime.superoffload runtime.swap_tensor.aio_config",
+    "runtime.zenflow.engine runtime.zero.mics runtime.zero.offload_states utils.debug utils.torch",
 ]
 """Module paths of upstream that are not there."""
 

@@ -67,7 +67,7 @@ MODULES: Mapping[str, str] = {
     "elasticity": f"{_REMOVED}; a checkpoint loads at any number of ranks, and torchrun restarts jobs",
     "git_version_info_installed": "nothing is built at installation; deepspeed.git_version_info has the version",
     "inference.quantization.quantization_context": "use init_inference(quantization=...)",
-    "inference.quantization.utils": "use init_inference(quantization=...) or ds_kernels.quant",
+    "inference.quantization.utils": "use init_inference(quantization=...) or ds_kernels.quantize_weight",
     "inference.v2": "FastGen's place is taken by ds_inference.LLM and the command ds-serve",
     "io": _FILES,
     "launcher.constants": "the names of launchers are plain strings: pdsh, openmpi, mvapich, mpich, impi, slurm",
@@ -110,12 +110,12 @@ MODULES: Mapping[str, str] = {
     "ops.aio": _TIER,
     "ops.compile": _PASSES,
     "ops.deepspeed4science": "use torch.nn.functional.scaled_dot_product_attention with an attn_mask",
-    "ops.fp_quantizer": "ds_kernels.quant quantises weights to 8 and 4 bits",
+    "ops.fp_quantizer": "ds_kernels.quantize_weight quantises weights to 8 and 4 bits",
     "ops.gds": _TIER,
     "ops.lion.multi_tensor_apply": _KERNELS,
     "ops.op_builder": _KERNELS,
     "ops.pin_memory": "torch.Tensor.pin_memory does it",
-    "ops.quantizer": "ds_kernels.quant quantises weights to 8 and 4 bits",
+    "ops.quantizer": "ds_kernels.quantize_weight quantises weights to 8 and 4 bits",
     "ops.random_ltd": _ROUTING,
     "ops.sparse_attention": f"{_REMOVED}; torch.nn.attention.flex_attention takes block masks",
     "ops.transformer.inference": _POLICIES,
@@ -154,7 +154,7 @@ MODULES: Mapping[str, str] = {
     "runtime.swap_tensor": _TIER,
     "runtime.tensor_parallel": "call deepspeed.tp_model_init, or give the config tensor_parallel.autotp_size",
     "runtime.torch_autocast": "the section torch_autocast works; in the script, use torch.autocast",
-    "runtime.weight_quantizer": "use init_inference(quantization=...) or ds_kernels.quant",
+    "runtime.weight_quantizer": "use init_inference(quantization=...) or ds_kernels.quantize_weight",
     "runtime.zenflow": _TIER,
     "runtime.zero.contiguous_memory_allocator": _INTERNAL,
     "runtime.zero.leaf_module_config": "the section zero_optimization.leaf_module is deepspeed.config's",
@@ -172,7 +172,7 @@ MODULES: Mapping[str, str] = {
     "utils.mixed_precision_linkage": _INTERNAL,
     "utils.pin_memory": "torch.Tensor.pin_memory does it",
     "utils.pin_memory_tracker": "torch.Tensor.pin_memory does it",
-    "utils.static_cache": "ds_inference.cache has the caches",
+    "utils.static_cache": "ds_inference.LLM has caches of its own",
     "utils.torch": "deepspeed.runtime.utils.required_torch_version is there; the rest is torch's own",
     "utils.types": "activation functions are named by strings",
     "utils.zero_to_torch": "use deepspeed.utils.zero_to_fp32 and cast, or engine.save_16bit_model",
@@ -360,12 +360,12 @@ NAMES: Mapping[str, Mapping[str, str]] = {
         **dict.fromkeys(("AutoTP", "AutoTPConfig", "AutoTPPresets", "TPLayerSpec", "PartitionType"), _TP_LAYERS),
         **dict.fromkeys(("EmbeddingLayer", "LinearAllreduce", "LinearLayer", "Normalize"), _TP_LAYERS),
         **dict.fromkeys(("DSPolicy", "HFBertLayerPolicy", "ReplaceWithTensorSlicing", "replace_policies"), _POLICIES),
-        "GroupQuantizer": "use init_inference(quantization=...) or ds_kernels.quant",
+        "GroupQuantizer": "use init_inference(quantization=...) or ds_kernels.quantize_weight",
         "merge_autotp_configs": _TP_LAYERS,
         "quantize_transformer_layer": "use init_inference(quantization=...)",
     },
     "module_inject.replace_module": {
-        "GroupQuantizer": "use init_inference(quantization=...) or ds_kernels.quant",
+        "GroupQuantizer": "use init_inference(quantization=...) or ds_kernels.quantize_weight",
         "replace_module": _POLICIES,
     },
     "ops.adam": {
@@ -380,6 +380,19 @@ NAMES: Mapping[str, Mapping[str, str]] = {
     "runtime.config_utils": {
         "DeepSpeedConfigObject": "every section is a DeepSpeedConfigModel",
         **dict.fromkeys(("get_list_param", "get_dict_param"), "use dict.get, or get_scalar_param"),
+    },
+    "runtime.data_pipeline.data_sampling.variable_batch_size_and_lr": {
+        **dict.fromkeys(
+            (
+                "VariableBatchSizeLR",
+                "dataloader_for_variable_batch_size",
+                "get_dataloader_and_lr_scheduler_for_variable_batch_size",
+                "get_dataloader_and_lr_scheduler_for_variable_batch_size_deepspeed",
+                "lr_scheduler_for_variable_batch_size",
+            ),
+            "batch_by_seqlens cuts the batches and scale_lr the rates; give a torch DataLoader the former as its "
+            "batch_sampler",
+        ),
     },
     "runtime.fp16.loss_scaler": {
         **dict.fromkeys(

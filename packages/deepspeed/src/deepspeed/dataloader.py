@@ -119,6 +119,9 @@ class DeepSpeedDataLoader:
         data_parallel_world_size, data_parallel_rank: default to the world.
         deepspeed_dataloader_config: further arguments of torch's DataLoader, and `seed` / `shuffle` of the sampler.
 
+    Attributes:
+        post_process_func: when set, what is handed out is `post_process_func(batch, state of the sampler)`.
+
     Raises:
         ValueError: for an impossible rank or batch size.
     """
@@ -150,6 +153,7 @@ class DeepSpeedDataLoader:
         self.dataset, self.batch_size, self.drop_last = dataset, batch_size, dataloader_drop_last
         self.tput_timer, self.local_rank = tput_timer, local_rank
         self.is_iterable = isinstance(dataset, IterableDataset)
+        self.post_process_func: Callable[[Any, dict[str, Any]], Any] | None = None
         self.data_sampler = data_sampler
         if data_sampler is None and not self.is_iterable:
             self.data_sampler = ShardedSampler(
@@ -216,7 +220,11 @@ class DeepSpeedDataLoader:
             iter(self)
         if self.tput_timer is not None:
             self.tput_timer.start()
-        return next(cast("Iterator[Any]", self._batches))
+        batch = next(cast("Iterator[Any]", self._batches))
+        if self.post_process_func is None:
+            return batch
+        sampler_state = getattr(self.data_sampler, "state_dict", self.state_dict)
+        return self.post_process_func(batch, sampler_state())
 
     def state_dict(self) -> dict[str, Any]:
         """The cursor; everything the training loop has received so far counts as consumed."""

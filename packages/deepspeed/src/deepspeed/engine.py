@@ -26,6 +26,7 @@ from deepspeed.compilation import CompiledModel, compile_model, refuse_compile_p
 from deepspeed.config import ConfigGetters, ResolvedConfig
 from deepspeed.config.getters import TORCH_DTYPES
 from deepspeed.config.translate import zero_config
+from deepspeed.curriculum import CurriculumMethods, curriculum_of
 from deepspeed.dataloader import DeepSpeedDataLoader
 from deepspeed.events import Callback, CallbackList
 from deepspeed.monitor.monitor import MonitorMaster
@@ -38,7 +39,7 @@ from deepspeed.utils.logging import log_dist
 __all__ = ["DeepSpeedEngine"]
 
 
-class DeepSpeedEngine(ConfigGetters, nn.Module):
+class DeepSpeedEngine(ConfigGetters, CurriculumMethods, nn.Module):
     """A model with its optimizer, ready to train. Made by `deepspeed.initialize`.
 
     Attributes:
@@ -74,6 +75,7 @@ class DeepSpeedEngine(ConfigGetters, nn.Module):
         self.micro_steps = 0
         self.skipped_steps = 0
         self.lr_scheduler: Any = None
+        self.curriculum_scheduler_legacy = curriculum_of(config)
         self.training_dataloader: Any = None
         self.enable_backward_allreduce = True
         self._boundary: bool | None = None
@@ -154,6 +156,7 @@ class DeepSpeedEngine(ConfigGetters, nn.Module):
             self.tput_timer.start()
         if self._config.fp16.enabled and self._config.fp16.auto_cast:
             inputs, kwargs = half(inputs), half(kwargs)
+        kwargs |= self.curriculum_arguments()
         try:
             with self._autocast():
                 return self.module(*inputs, **kwargs)

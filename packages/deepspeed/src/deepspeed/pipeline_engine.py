@@ -297,6 +297,11 @@ def _check_config(config: ResolvedConfig, module: PipelineModule, grid: ds_pipe.
         raise DeepSpeedConfigError(
             "torch_autocast.enabled is true, which a pipeline does not support; use bf16.enabled or fp16.enabled"
         )
+    if config.curriculum_learning.enabled:
+        raise DeepSpeedConfigError(
+            "curriculum_learning.enabled is true, which a pipeline does not support; cut sequences in the loader, with"
+            " deepspeed.runtime.data_pipeline.curriculum_scheduler.CurriculumScheduler"
+        )
     if not config.managed_gradient_accumulation:
         raise DeepSpeedConfigError(
             "managed_gradient_accumulation is false, but the step of a pipeline is always train_batch(); set it to true"

@@ -241,7 +241,7 @@ class ConfigGetters:
     curriculum_learning_config = _section("data_efficiency.data_sampling.curriculum_learning")
     random_ltd_enabled = _fixed(False, _LATER)
     random_ltd_config = _section("data_efficiency.data_routing.random_ltd")
-    curriculum_enabled_legacy = _fixed(False, _GONE)
+    curriculum_enabled_legacy = _read("curriculum_learning.enabled", bool)
     curriculum_params_legacy = _section("curriculum_learning")
     pld_enabled = _fixed(False, _GONE)
     pld_params = _section("progressive_layer_drop")

@@ -234,7 +234,7 @@ SUPPORT: Mapping[str, Support] = MappingProxyType(
         "compile.*": Support("unsupported", "use engine.compile(), which needs no section"),
         "hybrid_engine.*": Support("unsupported", "comes with a later release"),
         "data_efficiency.*": Support("unsupported", "comes with the data-efficiency tools"),
-        "curriculum_learning.*": Support("unsupported", _GONE),
+        "curriculum_learning.*": Support("works"),
         "compression_training": Support("unsupported", _GONE),
         "elasticity.*": Support("unsupported", _GONE),
         "autotuning.*": Support("unsupported", "comes with the tuning tools"),
