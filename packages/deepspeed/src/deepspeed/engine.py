@@ -31,6 +31,7 @@ from deepspeed.dataloader import DeepSpeedDataLoader
 from deepspeed.events import Callback, CallbackList
 from deepspeed.monitor.monitor import MonitorMaster
 from deepspeed.progress import BACKWARD, FORWARD, STEP, progress_listeners
+from deepspeed.state_offload import StateOffloading
 from deepspeed.tensor_parallel import applied_to, model_part
 from deepspeed.timers import NoopTimer, SynchronizedWallClockTimer, ThroughputTimer
 from deepspeed.utils import groups
@@ -39,7 +40,7 @@ from deepspeed.utils.logging import log_dist
 __all__ = ["DeepSpeedEngine"]
 
 
-class DeepSpeedEngine(ConfigGetters, CurriculumMethods, nn.Module):
+class DeepSpeedEngine(ConfigGetters, CurriculumMethods, StateOffloading, nn.Module):
     """A model with its optimizer, ready to train. Made by `deepspeed.initialize`.
 
     Attributes:

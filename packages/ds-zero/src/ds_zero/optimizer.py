@@ -310,6 +310,7 @@ class ZeroOptimizer(Optimizer):
 
     def state_dict(self) -> dict[str, Any]:
         """This rank's part of the state (masters, optimizer state, scaler); checkpoints use `export_state` instead."""
+        self.gate.wait()
         return {
             "zero_stage": self.zero_stage,
             "loss_scaler": self.scaler.state_dict(),

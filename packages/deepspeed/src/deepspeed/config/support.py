@@ -185,6 +185,9 @@ SUPPORT: Mapping[str, Support] = MappingProxyType(
         "zero_optimization.offload_optimizer.*": Support(
             "no-op", "read when states move between device and host, which comes later"
         ),
+        "zero_optimization.offload_optimizer.nvme_path": Support(
+            "works", 'the folder of engine.offload_states(device="nvme")'
+        ),
         "zero_optimization.offload_optimizer.super_offload": Support("unsupported", _TIER),
         "aio.*": Support("no-op", _NVME_ONLY),
         "aio.thread_count": Support("no-op", "upstream documents it and never reads it"),
