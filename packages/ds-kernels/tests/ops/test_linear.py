@@ -100,15 +100,22 @@ def test_bf16_weights(backend: str, shape: tuple[int, int], bias: bool) -> None:
 
 @pytest.mark.parametrize("shape", [(48, 64), (33, 100), (300, 576)], ids=str)
 @pytest.mark.parametrize("rows", [1, 2, 3])
-def test_bf16_weights_without_numba(monkeypatch: pytest.MonkeyPatch, shape: tuple[int, int], rows: int) -> None:
+@pytest.mark.parametrize("with_bias", [False, True])
+def test_bf16_weights_without_numba(
+    monkeypatch: pytest.MonkeyPatch, shape: tuple[int, int], rows: int, with_bias: bool
+) -> None:
     monkeypatch.setattr(linear_cpu, "HAS_NUMBA", False)
     monkeypatch.setattr(linear_cpu, "_HAS_VECTORS", True)
     weight = torch.randn(shape).bfloat16().requires_grad_()
+    bias = torch.randn(shape[0]) if with_bias else None
     x = torch.randn(rows, 1, shape[1]).bfloat16().requires_grad_()
-    y = linear(x, weight)
-    assert linear_cpu.takes_vectors(x, weight, None) == (rows < 3)
-    magnitude = float(x.abs().amax().double() * weight.abs().sum(1).amax())
-    assert_accurate(y, x.double() @ weight.double().t(), magnitude=magnitude, fp32_terms=16.0)
+    y = linear(x, weight, bias)
+    assert linear_cpu.takes_vectors(x, weight, bias) == (rows <= (1 if with_bias else 2))
+    exact = x.detach().double() @ weight.detach().double().t()
+    if bias is not None:
+        exact += bias.bfloat16().double()
+    magnitude = float(x.detach().abs().amax().double() * weight.detach().abs().sum(1).amax())
+    assert_accurate(y.detach(), exact, magnitude=magnitude, fp32_terms=16.0)
     grad = torch.randn_like(y)
     found = torch.autograd.grad(y, (x, weight), grad)
     torch.testing.assert_close(found[0], grad @ weight, rtol=1e-2, atol=1e-1)

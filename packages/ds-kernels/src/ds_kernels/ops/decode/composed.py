@@ -92,9 +92,12 @@ class Composition:
 
     def project(self, projection: Projection, x: Tensor) -> Tensor:
         """[..., outputs]."""
-        weight = projection.weight
-        bits = self.activation_bits if isinstance(weight, QuantizedWeight) else None
-        return linear(x, weight, projection.bias, activation_bits=bits)
+        weight, bias = projection.weight, projection.bias
+        if isinstance(weight, QuantizedWeight):
+            return linear(x, weight, bias, activation_bits=self.activation_bits)
+        if x.device.type == "cpu" and takes_vectors(x, weight, bias):  # at once: `linear` looks at its arguments again
+            return by_vectors(x, weight, bias)
+        return linear(x, weight, bias)
 
     def head(self, x: Tensor) -> Tensor:
         """fp32 logits of normed rows. Of a few rows they are not rounded to 16 bits on the way, as in a program's

@@ -99,27 +99,28 @@ class EagerSteps(Steps):
     def attention(self, layer: DecodeLayer, fused: Tensor, k_cache: Tensor, v_cache: Tensor) -> Tensor:
         """As `Steps.attention`."""
         model = self.model
-        heads, kv_heads, dim = model.heads, model.kv_heads, model.head_dim
-        both, v = fused.view(-1, heads + 2 * kv_heads, dim).split((heads + kv_heads, kv_heads), 1)
+        heads, kv_heads, dim, rows = model.heads, model.kv_heads, model.head_dim, len(fused)
+        both, v = fused.view(rows, heads + 2 * kv_heads, dim).split_with_sizes((heads + kv_heads, kv_heads), 1)
         if layer.query_norm is not None or layer.key_norm is not None:
-            q, k = both.split((heads, kv_heads), 1)
+            q, k = both.split_with_sizes((heads, kv_heads), 1)
             q = q if layer.query_norm is None else self.norm(layer.query_norm, q)
             k = k if layer.key_norm is None else self.norm(layer.key_norm, k)
             both = torch.cat((q, k), 1)
         if layer.rope is not None:
             cos, sin, order = self._turns[id(layer.rope)]
-            rows = wide(both)
-            swapped = rows.roll(dim // 2, -1) if order is None else rows.index_select(-1, order)
-            both = (rows * cos).addcmul_(swapped, sin).to(both.dtype)
-        q, k = both.split((heads, kv_heads), 1)
+            halves = wide(both)
+            swapped = halves.roll(dim // 2, -1) if order is None else halves.index_select(-1, order)
+            both = (halves * cos).addcmul_(swapped, sin).to(both.dtype)
+        q, k = both.split_with_sizes((heads, kv_heads), 1)
         for new, cache in ((k, k_cache), (v, v_cache)):
             kept = new if self._written is None else new[self._written]
             cache.transpose(1, 2)[self._places] = kept.to(cache.dtype)
         keys, values = self._context(k_cache, layer.window), self._context(v_cache, layer.window)
-        grouped = q.to(keys.dtype).unflatten(1, (kv_heads, -1))  # heads that share keys are queries beside one another
+        # Heads that share keys are queries beside one another.
+        grouped = q.to(keys.dtype).reshape(rows, kv_heads, heads // kv_heads, dim)
         mask = self._mask(layer.window, keys.shape[2])
         found = functional.scaled_dot_product_attention(grouped, keys, values, mask, scale=model.attention_scale)
-        return found.reshape(len(q), heads * dim).to(fused.dtype)
+        return found.reshape(rows, heads * dim).to(fused.dtype)
 
     def features(self, up: Tensor) -> Tensor:
         """As `Steps.features`."""
@@ -131,14 +132,13 @@ class EagerSteps(Steps):
 
     def _context(self, cache: Tensor, window: int | None) -> Tensor:
         """[S, kv_heads, keys of the longest, head_dim]; of a single sequence only those that it sees."""
+        rows = len(self._lengths)
+        seen = 0 if window is None or rows > 1 else max(0, self._longest - window)
         if self._first is not None:
-            found = cache[self._first : self._first + len(self._pages)]
-        elif self._count == 1:
-            found = cache[self._pages]
-        else:
-            blocks = cache[self._pages].unflatten(0, (-1, self._count))
-            found = blocks.transpose(1, 2).flatten(2, 3)
-        seen = 0 if window is None or len(found) > 1 else max(0, self._longest - window)
+            return cache[self._first : self._first + rows, :, seen : self._longest]
+        found = cache[self._pages]
+        if self._count > 1:
+            found = found.unflatten(0, (rows, self._count)).transpose(1, 2).flatten(2, 3)
         return found[:, :, seen : self._longest]
 
     def _mask(self, window: int | None, keys: int) -> Tensor | None:

@@ -148,26 +148,28 @@ def takes_bf16(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
 
 
 def takes_vectors(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
-    """Whether `by_vectors` is for these: one or two rows of bf16 where numba is missing."""
+    """Whether `by_vectors` is for these: one row of bf16 where numba is missing, or without a bias two."""
     return (
         not HAS_NUMBA
-        and bias is None
         and x.dtype == torch.bfloat16
-        and 0 < x.numel() <= VECTOR_ROWS * weight.shape[1]
+        and 0 < x.numel() <= (VECTOR_ROWS if bias is None else 1) * weight.shape[1]
+        and weight.dtype == torch.bfloat16
         and weight.is_contiguous()
         and _HAS_VECTORS
         and not torch.compiler.is_compiling()
     )
 
 
-def by_vectors(x: Tensor, weight: Tensor) -> Tensor:
-    """x @ weight.T row by row, by torch's own loop: it reads weights twice as fast as oneDNN's for one row."""
-    columns = weight.shape[1]
+def by_vectors(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x @ weight.T + bias row by row, by torch's own loop: it reads weights twice as fast as oneDNN's for one row."""
+    outputs, columns = weight.shape
     with _WITHOUT_ONEDNN:
+        if bias is not None:
+            return torch.nn.functional.linear(x, weight, bias.to(x.dtype))
         if x.numel() == columns:
-            return torch.mv(weight, x.reshape(columns)).view(*x.shape[:-1], -1)
+            return torch.mv(weight, x.reshape(columns)).view(*x.shape[:-1], outputs)
         rows = [torch.mv(weight, row) for row in x.reshape(-1, columns).unbind()]
-    return torch.stack(rows).view(*x.shape[:-1], -1)
+    return torch.stack(rows).view(*x.shape[:-1], outputs)
 
 
 class WithoutOneDNN:

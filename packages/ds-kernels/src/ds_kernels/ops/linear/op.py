@@ -119,7 +119,7 @@ def _dense(x: Tensor, weight: Tensor, bias: Tensor | None, activation_bits: int 
         y: Tensor = _DENSE(x.contiguous(), weight, bias)
         return y
     if x.device.type == "cpu" and cpu.takes_vectors(x, weight, bias) and backend_for(x) == "cpu":
-        return cpu.by_vectors(x, weight)
+        return cpu.by_vectors(x, weight, bias)
     return torch.nn.functional.linear(x, weight, None if bias is None else bias.to(x.dtype))
 
 
