@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import pipelines
 import pytest
 import torch
 from engines import WIDTH, Block, Net, make_config, make_engine, make_net, micro_batch, same, train, weights
@@ -117,6 +118,36 @@ def test_on_two_ranks(stage: int) -> None:
         assert equal
         assert graphs <= 3
         assert found == names
+
+
+def pipelined(stage: int, schedule: str, compiles: bool) -> tuple[pipelines.Trained, int]:
+    config = pipelines.make_config(stage, "fp32", 4, pipeline={"schedule": schedule})
+    engine = pipelines.make_pipeline("tied", config)
+    backend = Counting("aot_eager")
+    if compiles:
+        engine.compile(backend=backend, compile_kwargs={"fullgraph": True})
+    source = pipelines.data(0, range(3), 4)
+    losses, norms = [], []
+    for _ in range(3):
+        losses.append(engine.train_batch(source).item())
+        norms.append(engine.get_global_grad_norm())
+    return (losses, norms, pipelines.weights_of(engine)), backend.graphs
+
+
+@pytest.mark.parametrize(("stage", "schedule"), [(1, "gpipe"), (3, "1f1b")])
+def test_a_pipeline(stage: int, schedule: str) -> None:
+    expected = run_ranks(pipelined, 2, stage, schedule, False)
+    for (plain, _), (found, graphs) in zip(expected, run_ranks(pipelined, 2, stage, schedule, True), strict=True):
+        assert found[:2] == plain[:2]
+        assert same(found[2], plain[2])
+        assert 1 <= graphs <= 2
+
+
+def test_a_pipeline_that_splits_backwards_is_refused() -> None:
+    engine = pipelines.make_pipeline("plain", pipelines.make_config(0, "fp32", 2, pipeline={"schedule": "zb_h1"}), 1)
+    with pytest.raises(DeepSpeedConfigError, match="zb_h1"):
+        engine.compile()
+    engine.destroy()
 
 
 def test_inductor_is_within_rounding() -> None:

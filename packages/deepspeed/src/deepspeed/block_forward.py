@@ -31,14 +31,10 @@ _VALUES = (Tensor, int, float, complex, str, type(None))
 
 
 class Recompute(Protocol):
-    """How a block's activations are made again in backward."""
+    """How a block is run so that its activations are made again in backward."""
 
     def __call__(self, block: BlockForward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Run the block (`block.run`, or `block.inside` of a function of the module) so that it is recomputed."""
-
-    @property
-    def mode(self) -> str:
-        """What of it is recomputed: "none", "full" or "selective"."""
+        """Run it, by `block.run` or `block.plain`."""
 
 
 class BlockForward:
@@ -50,6 +46,7 @@ class BlockForward:
         own_attribute: the module had a `forward` of its own, beside its class's.
         recompute: None, or how it is recomputed in backward.
         compiler: None, or what makes a compiled function of a function of (module, *args, **kwargs).
+        compiles_checkpoints: the compiled function replays random numbers where it recomputes by itself.
     """
 
     def __init__(self, module: nn.Module) -> None:
@@ -59,11 +56,12 @@ class BlockForward:
         self.function = _unbound(self.plain, module)
         self.recompute: Recompute | None = None
         self.compiler: Callable[[Forward], Forward] | None = None
+        self.compiles_checkpoints = True
         self.__wrapped__ = self.plain  # what inspect.signature shows
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         recompute = self.recompute
-        if recompute is None or recompute.mode == "none" or not torch.is_grad_enabled():
+        if recompute is None or not torch.is_grad_enabled():
             return self.run(*args, **kwargs)
         return recompute(self, args, kwargs)
 

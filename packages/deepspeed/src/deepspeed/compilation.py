@@ -45,7 +45,9 @@ class CompiledModel:
         self._functions: dict[Function, Function] = {}
         self._before = _seconds_compiling()
         for module in self._modules:
-            block_forward(module).compiler = self._compiled
+            forward = block_forward(module)
+            forward.compiler = self._compiled
+            forward.compiles_checkpoints = backend != "eager"  # which draws dropout anew when it recomputes
 
     def _compiled(self, function: Function) -> Function:
         if function not in self._functions:
@@ -75,6 +77,7 @@ def compile_model(
     units: Any,
     *,
     gathers: bool,
+    splits_backward: bool,
     backend: str | Function | None,
     compile_kwargs: Mapping[str, Any] | None,
     schedule: Any,
@@ -85,11 +88,17 @@ def compile_model(
     Args:
         units: what `ds_zero.shard` was given as units.
         gathers: parameters are gathered inside of the model (stage 3).
+        splits_backward: a pipeline schedule runs the two halves of a backward apart (zb_h1, zb_v).
         backend: as torch.compile's; None: the accelerator's default.
         compile_kwargs: further arguments of torch.compile (`mode`, `dynamic`, `fullgraph`, `options`).
     Raises:
         DeepSpeedConfigError: an argument of upstream's compiler passes, or an unknown backend.
     """
+    if splits_backward:
+        raise DeepSpeedConfigError(
+            "engine.compile() with a pipeline schedule that runs the two halves of a backward apart (zb_h1, zb_v); a"
+            " compiled backward is one graph. Set pipeline.schedule to 1f1b, gpipe or interleaved, or do not compile"
+        )
     options = dict(compile_kwargs or {})
     if "backend" in options:
         raise DeepSpeedConfigError(

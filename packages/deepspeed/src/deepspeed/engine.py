@@ -31,6 +31,7 @@ from deepspeed.dataloader import DeepSpeedDataLoader
 from deepspeed.events import Callback, CallbackList
 from deepspeed.monitor.monitor import MonitorMaster
 from deepspeed.progress import BACKWARD, FORWARD, STEP, progress_listeners
+from deepspeed.settings import recompute_plan
 from deepspeed.state_offload import StateOffloading
 from deepspeed.tensor_parallel import applied_to, model_part
 from deepspeed.timers import NoopTimer, SynchronizedWallClockTimer, ThroughputTimer
@@ -49,6 +50,7 @@ class DeepSpeedEngine(ConfigGetters, CurriculumMethods, StateOffloading, nn.Modu
         global_steps, global_samples, micro_steps, skipped_steps: counters since the beginning of training.
         callbacks: listeners (`deepspeed.events.Callback`). compiled: what `compile` did, None before.
     """
+        recompute: what `activation_checkpointing.policy` makes of the blocks, None without it.
 
     def __init__(
         self,
@@ -85,12 +87,14 @@ class DeepSpeedEngine(ConfigGetters, CurriculumMethods, StateOffloading, nn.Modu
         _, zero_optimizer = ds_zero.shard(
             self.module, optimizer, config=zero_config(config), group=group, **self._sharding()
         )
+        self.splits_backward = False
         sharded = ds_zero.sharded_of(self.module)
         assert sharded is not None  # shard() has just laid it out
         self.sharded = sharded
         self.pending_save: Any = None
         self.basic_optimizer = optimizer
         self.optimizer: Any = zero_optimizer
+        self.recompute = recompute_plan(config, self.module, self._sharding().get("units"))
         if zero_optimizer is None and config.zero_optimization.stage >= 3:
             self.optimizer = self.sharded  # upstream gives its parameter-offload object here
         self.monitor = MonitorMaster(config)
@@ -381,6 +385,7 @@ class DeepSpeedEngine(ConfigGetters, CurriculumMethods, StateOffloading, nn.Modu
             compile_kwargs=compile_kwargs,
             schedule=schedule,
             compiled_autograd_enabled=compiled_autograd_enabled,
+            splits_backward=self.splits_backward,
         )
 
     @property
@@ -506,8 +511,9 @@ class DeepSpeedEngine(ConfigGetters, CurriculumMethods, StateOffloading, nn.Modu
         """
         checkpoint_io.wait(self)
         self.monitor.close()
-        if self.compiled is not None:
-            self.compiled.close()
+        for change in (self.compiled, self.recompute):
+            if change is not None:
+                change.close()
         if isinstance(self.optimizer, ds_zero.ZeroOptimizer):
             self.optimizer.close()
         if self.zero_optimization_stage() < 3:

@@ -56,6 +56,7 @@ class PipelineEngine(DeepSpeedEngine):
         self._batch_fn: Callable[[Any], Any] | None = None
         self._runner = self._make_runner()
         self.is_pipe_parallel = self.num_stages > 1
+        self.splits_backward = _schedule_name(config.pipeline.schedule, model) in ("zb_h1", "zb_v")
         self.is_data_parallel = self.dp_world_size > 1
         self.is_model_parallel = False
 
@@ -308,12 +309,16 @@ def _check_config(config: ResolvedConfig, module: PipelineModule, grid: ds_pipe.
         )
 
 
+def _schedule_name(name: str, module: PipelineModule) -> str:
+    """`name`, or for "auto" the schedule that fits the module's chunks, 1f1b for a single one."""
+    if name != "auto":
+        return name
+    loop = module.placement == tuple(range(module.num_stages)) * module.num_chunks
+    return "1f1b" if module.num_chunks == 1 else "interleaved" if loop else "zb_v"
+
+
 def _schedule(name: str, module: PipelineModule, num_micro_batches: int) -> ds_pipe.Schedule:
-    """The schedule called `name`; "auto": the one that fits the module's chunks, 1f1b for a single one."""
-    stages, chunks = module.num_stages, module.num_chunks
-    if name == "auto":
-        loop = module.placement == tuple(range(stages)) * chunks
-        name = "1f1b" if chunks == 1 else "interleaved" if loop else "zb_v"
+    stages, chunks, name = module.num_stages, module.num_chunks, _schedule_name(name, module)
     return ds_pipe.build(name, stages, num_micro_batches, chunks if name == "interleaved" else None)
 
 

@@ -1,5 +1,5 @@
 """The parts of a config that hold for the whole process, not for one engine: log level, communication log,
-checkpointing.
+checkpointing; and the policy of recomputation, which is a model's.
 
 `initialize` calls `apply_settings` once per engine; the last engine that says something about a setting wins, and one
 that says nothing leaves it alone.
@@ -9,12 +9,15 @@ from __future__ import annotations
 
 from typing import Any
 
+from torch import nn
+
 from deepspeed.comm import log as comm_log
 from deepspeed.config.resolved import ResolvedConfig
 from deepspeed.runtime.activation_checkpointing import checkpointing
+from deepspeed.runtime.activation_checkpointing.policy import RecomputePlan
 from deepspeed.utils.logging import set_log_level_from_string
 
-__all__ = ["apply_settings"]
+__all__ = ["apply_settings", "recompute_plan"]
 
 
 def apply_settings(config: ResolvedConfig, mpu: Any = None) -> None:
@@ -29,3 +32,18 @@ def apply_settings(config: ResolvedConfig, mpu: Any = None) -> None:
         comm_log.configure(config)
     if config.given("activation_checkpointing"):
         checkpointing.configure(mpu, config)
+
+
+def recompute_plan(config: ResolvedConfig, model: nn.Module, units: Any) -> RecomputePlan | None:
+    """What `activation_checkpointing.policy` makes of a model's blocks; None where the config leaves that to the model.
+
+    Args:
+        units: what `ds_zero.shard` was given as units.
+    """
+    section = config.activation_checkpointing
+    policy = section.policy or (None if section.policy_budget is None else "budget")
+    if policy is None:
+        return None
+    return checkpointing.apply_policy(
+        model, policy, interval=section.policy_interval, budget=section.policy_budget, units=units
+    )

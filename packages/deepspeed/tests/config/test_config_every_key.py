@@ -33,6 +33,7 @@ CHANGED: dict[str, Any] = {
     "zero_optimization.offload_optimizer.device": "cpu",
     "zero_optimization.stage3_model_persistence_threshold": 10,
     "activation_checkpointing.contiguous_memory_optimization": True,
+    "activation_checkpointing.policy_budget": 5,
     "sequence_parallel_size": 2,
 }
 """Values for keys whose type alone does not tell a legal one."""

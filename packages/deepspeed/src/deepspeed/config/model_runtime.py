@@ -39,6 +39,12 @@ class ActivationCheckpointing(Section):
     """Time the recomputed passes."""
     synchronize_checkpoint_boundary: bool = False
     """Synchronise the device at each checkpoint."""
+    policy: Literal["none", "full", "selective", "budget"] | None = None
+    """What the model's blocks recompute in backward, without a change of its code; null leaves that to the model."""
+    policy_interval: Positive = 1
+    """Apply the policy to every so many-th block."""
+    policy_budget: Count | None = None
+    """Bytes that blocks may keep from forward to backward, per rank and micro-batch; makes the policy "budget"."""
 
 
 class Pipeline(Section):
@@ -229,7 +235,7 @@ class ExpertParallel(Section):
 
 
 class Compile(Section):
-    """Upstream's DeepCompile passes. `engine.compile(...)` needs no section."""
+    """Upstream's DeepCompile passes; they count where `deepcompile` is true. `engine.compile(...)` needs no section."""
 
     deepcompile: bool = False
     """Let a compiler pass schedule ZeRO's communication."""
@@ -270,19 +276,19 @@ class Compile(Section):
 
 
 class HybridEngine(Section):
-    """Upstream's engine that alternates training and generation."""
+    """An engine that alternates training and generation (docs/hybrid.md)."""
 
     enabled: bool = False
     """Use it."""
     max_out_tokens: Positive = 512
-    """Longest generation."""
+    """Most tokens of a sequence, prompt and answer."""
     inference_tp_size: Positive = 1
-    """Tensor-parallel ranks in generation."""
+    """Ranks that generate together."""
     release_inference_cache: bool = False
-    """Free the cache between generations."""
+    """Free keys and values after each generate; otherwise with train()."""
     pin_parameters: bool = True
-    """Keep parameters gathered."""
+    """Keep fused weights in pinned memory."""
     tp_gather_partition_size: Integer = 8
-    """Ranks per gather."""
+    """Parameters per gather."""
     enable_cuda_graph: bool = False
     """Use CUDA graphs."""

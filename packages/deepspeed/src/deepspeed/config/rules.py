@@ -77,6 +77,17 @@ def _activation(config: ConfigModel) -> Iterator[str]:
             "activation_checkpointing.contiguous_memory_optimization needs partition_activations (it is "
             f"{section.partition_activations}) and number_checkpoints (it is {section.number_checkpoints})"
         )
+    policy = section.policy or (None if section.policy_budget is None else "budget")
+    if (policy == "budget") != (section.policy_budget is not None):
+        yield (
+            f"activation_checkpointing.policy is {section.policy!r} and policy_budget is {section.policy_budget};"
+            " give policy_budget (bytes per rank) together with the policy 'budget', and with no other"
+        )
+    if config.pipeline.activation_checkpoint_interval and policy not in (None, "none"):
+        yield (
+            f"pipeline.activation_checkpoint_interval {config.pipeline.activation_checkpoint_interval} and"
+            f" activation_checkpointing.policy {policy!r} would recompute layers twice; give one of them"
+        )
 
 
 def _communication(config: ConfigModel) -> Iterator[str]:

@@ -25,10 +25,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint as torch_checkpoint
 
 import ds_comm.device
+from deepspeed.runtime.activation_checkpointing.policy import Policy, RecomputePlan
 from deepspeed.runtime.activation_checkpointing.rng import (
     MODEL_PARALLEL_RNG,
     MODEL_PARALLEL_SEED_OFFSET,
@@ -43,6 +45,8 @@ from deepspeed.utils.logging import logger
 __all__ = [
     "CheckpointFunction",
     "CudaRNGStatesTracker",
+    "RecomputePlan",
+    "apply_policy",
     "checkpoint",
     "configure",
     "get_cuda_rng_tracker",
@@ -173,6 +177,25 @@ def checkpoint(function: Callable[..., Any], *args: Any, use_reentrant: bool = F
 
 
 non_reentrant_checkpoint = checkpoint
+
+
+def apply_policy(
+    model: nn.Module, policy: Policy, *, interval: int = 1, budget: int | None = None, units: Any = None
+) -> RecomputePlan:
+    """Recompute the blocks of a model in backward, without a change of its code (see `policy`).
+
+    Args:
+        model: any module with repeated blocks, before or after `deepspeed.initialize`.
+        policy: "none", "full", "selective" or "budget"; the last call counts.
+        interval: apply it to every so many-th block only, beginning with the first.
+        budget: for "budget": bytes that the blocks may keep from forward to backward, per rank and micro-batch.
+        units: names or classes of the blocks instead of the automatic choice, as in `ds_zero.shard`.
+    Returns:
+        what it does per block (`modes`); `close()` ends it.
+    Raises:
+        DeepSpeedConfigError (ValueError): an unknown policy, or a budget without the policy "budget".
+    """
+    return RecomputePlan(model, policy, interval=interval, budget=budget, units=units, checkpoint=checkpoint)
 
 
 class CheckpointFunction:
