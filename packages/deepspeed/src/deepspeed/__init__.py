@@ -42,6 +42,7 @@ if TYPE_CHECKING:
     from deepspeed.dataloader import DeepSpeedDataLoader
     from deepspeed.engine import DeepSpeedEngine
     from deepspeed.errors import DeepSpeedConfigError
+    from deepspeed.hybrid import DeepSpeedHybridEngine
     from deepspeed.initialize import add_config_arguments, initialize
     from deepspeed.lr_arguments import add_tuning_arguments
     from deepspeed.ops.transformer import DeepSpeedTransformerConfig, DeepSpeedTransformerLayer
@@ -81,6 +82,7 @@ _NAMES = {
     "DeepSpeedConfigError": "deepspeed.errors:DeepSpeedConfigError",
     "DeepSpeedDataLoader": "deepspeed.dataloader:DeepSpeedDataLoader",
     "DeepSpeedEngine": "deepspeed.engine:DeepSpeedEngine",
+    "DeepSpeedHybridEngine": "deepspeed.hybrid.engine:DeepSpeedHybridEngine",
     "DeepSpeedInferenceConfig": "ds_inference.config:DeepSpeedInferenceConfig",
     "DeepSpeedOptimizer": "deepspeed.runtime.base_optimizer:DeepSpeedOptimizer",
     "DeepSpeedOptimizerCallable": "deepspeed.runtime.base_optimizer:DeepSpeedOptimizerCallable",
@@ -155,6 +157,7 @@ __all__ = [
     "DeepSpeedConfigError",
     "DeepSpeedDataLoader",
     "DeepSpeedEngine",
+    "DeepSpeedHybridEngine",
     "DeepSpeedInferenceConfig",
     "DeepSpeedOptimizer",
     "DeepSpeedOptimizerCallable",

@@ -92,6 +92,8 @@ def initialize(
         arguments=tensor.arguments,
     )
     _check_precision(resolved)
+    if resolved.hybrid_engine.enabled:
+        engine_class = _hybrid_engine(model)
     if tensor.size > 1:
         split_model(model, tensor, resolved, mpu, optimizer)
     apply_settings(resolved, mpu)
@@ -132,6 +134,18 @@ def _check_splittable(model: nn.Module) -> None:
         )
     if applied_to(model) is not None:
         raise DeepSpeedConfigError("this model is split over tensor-parallel ranks already; build it anew")
+
+
+def _hybrid_engine(model: nn.Module) -> type[DeepSpeedEngine]:
+    """The engine that generates between steps; imported where it is used, as inference is not needed for training."""
+    if isinstance(model, PipelineModule):
+        raise DeepSpeedConfigError(
+            "hybrid_engine.enabled with a PipelineModule: a stage has no generate; give the model itself and let"
+            " zero_optimization.stage 3 shard it, or leave hybrid_engine out"
+        )
+    from deepspeed.hybrid import DeepSpeedHybridEngine
+
+    return DeepSpeedHybridEngine
 
 
 def _grid(model: PipelineModule, mpu: Any) -> PipelineParallelGrid:

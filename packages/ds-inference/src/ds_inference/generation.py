@@ -55,6 +55,12 @@ class DecodeLoop:
         with self._lock:
             self._kept = []
 
+    @property
+    def kept_size(self) -> tuple[int, int] | None:
+        """Rows and tokens of the cache that is kept; None: there is none."""
+        with self._lock:
+            return (self._kept[0].num_blocks, self._kept[0].block_size) if self._kept else None
+
     def take(self, rows: int, tokens: int) -> KVCache:
         """A cache of at least `rows` blocks of at least `tokens`: the last call's if it is there and large enough."""
         with self._lock:

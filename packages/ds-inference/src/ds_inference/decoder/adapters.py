@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from ds_inference.errors import ModelError
 
-__all__ = ["Adapted", "LowRank", "adapted"]
+__all__ = ["Adapted", "LowRank", "adapted", "is_chat_layer", "wide"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,11 +47,16 @@ class Adapted:
 
 def adapted(module: nn.Module) -> Adapted | None:
     """What a linear layer consists of; None: it has no adapter. ModelError: one that does something else as well."""
-    if hasattr(module, "lora_right_weight") and hasattr(module, "lora_left_weight"):
+    if is_chat_layer(module):
         return _of_chat(module)
     if hasattr(module, "base_layer") and hasattr(module, "lora_A") and hasattr(module, "lora_B"):
         return _of_peft(module)
     return None
+
+
+def is_chat_layer(module: nn.Module) -> bool:
+    """Whether this is a layer of DeepSpeed-Chat's kind, which holds weight and adapter itself."""
+    return hasattr(module, "lora_right_weight") and hasattr(module, "lora_left_weight")
 
 
 def _of_chat(layer: Any) -> Adapted:

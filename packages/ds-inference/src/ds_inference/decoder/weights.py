@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from ds_comm import Communicator
-from ds_inference.decoder.adapters import LowRank, adapted
+from ds_inference.decoder.adapters import LowRank, adapted, is_chat_layer
 from ds_inference.decoder.borrow import Borrowing, Copies, Rows
 from ds_inference.decoder.parallel import Parallel
 from ds_inference.decoder.quantized import join, quantized_rows, split
@@ -149,7 +149,7 @@ class WeightReader:
     def projection(self, modules: Sequence[nn.Module]) -> Projection:
         """Linear layers over the same input as one."""
         parts = [self._linear(module) for module in modules]
-        kinds = {(type(part.module), isinstance(part.weight, Tensor)) for part in parts}
+        kinds = {(_kind(part.module), isinstance(part.weight, Tensor)) for part in parts}
         if len(kinds) > 1:
             self._refuse(parts, "are of several kinds")
         form = self._format(parts)
@@ -175,8 +175,8 @@ class WeightReader:
             self._check(module, True, "")
             self._taken.update(id(parameter) for parameter in module.parameters())
             module = found.base
-        chat = found is not None and found.base is module and hasattr(module, "lora_left_weight")
-        known = chat or type(module) in (nn.Linear, QuantizedLinear, *_PARALLEL) or _is_conv1d(module)
+        kind = type(module) if found is None else _kind(module)
+        known = kind in (nn.Linear, QuantizedLinear, *_PARALLEL) or _is_conv1d(module)
         self._check(module, known, "a torch Linear (a layer that was replaced or wrapped cannot be read)")
         bias = None if getattr(module, "bias", None) is None else self._take(module, "bias")
         name = self.name(module)
@@ -312,6 +312,11 @@ def _own_codes(module: QuantizedLinear) -> Callable[[], None]:
         module.centre = None if module.centre is None else module.centre.clone()
 
     return restore
+
+
+def _kind(module: nn.Module) -> type[nn.Module]:
+    """The class; that of a layer which holds its adapter itself is what it computes without it."""
+    return nn.Linear if is_chat_layer(module) else type(module)
 
 
 def _is_conv1d(module: nn.Module) -> bool:
