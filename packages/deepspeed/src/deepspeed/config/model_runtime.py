@@ -39,6 +39,12 @@ class ActivationCheckpointing(Section):
     """Time the recomputed passes."""
     synchronize_checkpoint_boundary: bool = False
     """Synchronise the device at each checkpoint."""
+    policy: Literal["none", "full", "selective", "budget"] | None = None
+    """What the model's blocks recompute in backward, without a change of its code; null leaves that to the model."""
+    policy_interval: Positive = 1
+    """Apply the policy to every so many-th block."""
+    policy_budget: Count | None = None
+    """Bytes that blocks may keep from forward to backward, per rank and micro-batch; makes the policy "budget"."""
 
 
 class Pipeline(Section):
@@ -229,7 +235,7 @@ class ExpertParallel(Section):
 
 
 class Compile(Section):
-    """Upstream's DeepCompile passes. `engine.compile(...)` needs no section."""
+    """Upstream's DeepCompile passes; they count where `deepcompile` is true. `engine.compile(...)` needs no section."""
 
     deepcompile: bool = False
     """Let a compiler pass schedule ZeRO's communication."""

@@ -70,8 +70,9 @@ SUPPORT: Mapping[str, Support] = MappingProxyType(
             "gradient_predivide_factor",
         ),
         "seq_parallel_communication_data_type": Support(
-            "no-op", "read with sequence parallelism only, which comes later"
+            "no-op", "sums over the ranks of a sequence are fp32 whatever travels, as all sums are"
         ),
+        "sequence_parallel_size": Support("works", "neighbouring ranks share a sequence"),
         "disable_allgather": Support("no-op", "upstream parses it and never uses it"),
         "zero_allow_untested_optimizer": Support(
             "no-op", "every torch optimizer that works element by element is allowed"
@@ -83,7 +84,6 @@ SUPPORT: Mapping[str, Support] = MappingProxyType(
         "vocabulary_size": Support("no-op", "upstream only warns about it"),
         "sparse_gradients": Support("unsupported", _GONE),
         "use_data_before_expert_parallelism": Support("unsupported", _PARALLEL),
-        "sequence_parallel_size": Support("unsupported", f"more than 1 {_PARALLEL}"),
         "disable_python_gc": Support("unsupported", "call gc.disable() in the script instead"),
         "optimizer.*": Support(
             "works", "Adam, AdamW, Adagrad, Lamb, Lion, Muon and every elementwise class of torch.optim"
@@ -234,7 +234,16 @@ SUPPORT: Mapping[str, Support] = MappingProxyType(
             "no-op", "logits are gathered before the loss, which is the model's own"
         ),
         "expert_parallel.*": Support("unsupported", _PARALLEL),
-        "compile.*": Support("unsupported", "use engine.compile(), which needs no section"),
+        "compile.*": Support(
+            "no-op", "engine.compile() compiles the blocks; ZeRO's hooks gather and reduce around them, without passes"
+        ),
+        "compile.offload_activation": Support("unsupported", "use activation_checkpointing.cpu_checkpointing"),
+        "compile.offload_opt_states": Support("unsupported", "use zero_optimization.offload_optimizer"),
+        "compile.offload_parameters": Support("unsupported", "use zero_optimization.offload_param"),
+        "compile.passes": Support(
+            "no-op",
+            "stages, sequence and tensor parallelism have sections of their own; engine.compile() has no passes",
+        ),
         "hybrid_engine.*": Support("works"),
         "hybrid_engine.inference_tp_size": Support(
             "unsupported", "every rank generates with the whole gathered model, at its own pace; leave it at 1"
