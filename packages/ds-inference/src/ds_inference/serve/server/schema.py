@@ -23,12 +23,15 @@ __all__ = ["ChatRequest", "CompletionRequest", "Message", "StreamOptions", "Text
 DEFAULT_MAX_TOKENS = 16
 """OpenAI's default of /v1/completions."""
 
-TokenId = Annotated[int, Field(strict=True, ge=0)]
+TokenId = Annotated[int, Field(ge=0)]
+TokenKey = Annotated[int, Field(strict=False)]
+"""Keys of JSON are strings."""
 Prompts = str | list[TokenId] | list[str] | list[list[TokenId]]
 
 
 class _Closed(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+    """Strict: "5" or true is no number, as for OpenAI's server; what is meant by it is the client's to say."""
 
 
 class StreamOptions(_Closed):
@@ -50,7 +53,7 @@ class _Sampling(_Closed):
     seed: int | None = None
     presence_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
     frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
-    logit_bias: dict[int, Annotated[float, Field(ge=-100, le=100)]] | None = None
+    logit_bias: dict[TokenKey, Annotated[float, Field(ge=-100, le=100)]] | None = None
     # beyond OpenAI's
     top_k: int = 0
     min_p: float = 0.0
