@@ -97,6 +97,14 @@ PATHS = {
         "PipeDataParallelTopology PipeModelDataParallelTopology PipelineParallelGrid ProcessTopology"
     ),
     "deepspeed.runtime.compiler": "disable is_compile_supported is_compiling",
+    "deepspeed.moe.layer": "MoE",
+    "deepspeed.moe.sharded_moe": "MOELayer TopKGate _AllToAll top1gating top2gating topkgating",
+    "deepspeed.moe.experts": "Experts",
+    "deepspeed.moe.mappings": "drop_tokens gather_tokens",
+    "deepspeed.moe.utils": (
+        "configure_moe_param_groups has_moe_layers is_moe_param is_moe_param_group "
+        "split_params_into_different_moe_groups_for_optimizer"
+    ),
     "deepspeed.pipe": "LayerSpec PipelineModule ProcessTopology TiedLayerSpec",
     "deepspeed.utils": (
         "OnDevice RepeatingLoader get_caller_func get_z3_leaf_modules groups instrument_w_nvtx log_dist "
@@ -111,6 +119,8 @@ PATHS = {
     "deepspeed.utils.logging": "log_dist logger print_json_dist set_log_level_from_string",
     "deepspeed.utils.timer": "NoopTimer SynchronizedWallClockTimer ThroughputTimer",
     "deepspeed.utils.groups": (
+        "_create_expert_and_data_parallel _create_expert_data_and_model_parallel _get_expert_parallel_group "
+        "_get_expert_data_parallel_group _get_expert_parallel_world_size _get_max_expert_size initialize "
         "_get_data_parallel_group _get_data_parallel_rank _get_data_parallel_world_size "
         "_get_sequence_parallel_group _get_sequence_parallel_rank _get_sequence_parallel_world_size "
         "get_data_parallel_group get_model_parallel_group get_tensor_model_parallel_group"

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 
 __all__ = ["CONSTANT", "MODULES", "NAMES"]
 
-_EXPERTS = "mixture of experts is a later part of ds-zero; until then, expert layers train as ordinary modules"
+_EXPERTS = "a Hugging Face model's experts train as they are, sharded by ZeRO like any weights; see docs/moe.md"
 _SEQUENCE = "sequence parallelism is a later part of ds-zero; until then, use activation checkpointing for long inputs"
 _TIER = "the nvme tier is not there; on a host without accelerator every state is in memory anyway"
 _KERNELS = "there is no C++ build; ds_kernels has the kernels (torch, numba and Triton), each an ordinary import"
@@ -100,7 +100,6 @@ MODULES: Mapping[str, str] = {
     "module_inject.tp_plan_converter": _TP_LAYERS,
     "module_inject.tp_shard": _TP_LAYERS,
     "module_inject.utils": _POLICIES,
-    "moe": _EXPERTS,
     "monitor.utils": "a monitor whose package is missing says so when it is enabled",
     "nebula": f"{_REMOVED}; saves are asynchronous here anyway",
     "nvme": f"{_TIER}, and there are no tools for it",
@@ -260,33 +259,7 @@ _NORMS = {
         _INTERNAL,
     ),
 }
-_EXPERT_GROUPS = dict.fromkeys(
-    (
-        "_create_expert_and_data_parallel",
-        "_create_expert_data_and_model_parallel",
-        "_get_expert_parallel_group",
-        "_get_expert_parallel_group_dict",
-        "_get_expert_parallel_group_ranks",
-        "_get_expert_parallel_rank",
-        "_get_expert_parallel_src_rank",
-        "_get_expert_parallel_world_size",
-        "_get_expert_data_parallel_group",
-        "_get_expert_data_parallel_group_dict",
-        "_get_expert_data_parallel_group_ranks",
-        "_get_expert_data_parallel_rank",
-        "_get_expert_data_parallel_world_size",
-        "_get_expert_broadcast_src_rank",
-        "_get_expert_model_parallel_world_size",
-        "_get_max_expert_parallel_group",
-        "_get_max_expert_size",
-        "_get_max_expert_size_name",
-        "expert_tensor_parallel_world_size",
-        "initialize",
-    ),
-    _EXPERTS,
-)
 _GROUPS = {
-    **_EXPERT_GROUPS,
     "_create_model_parallel": "give initialize an mpu that knows its groups",
     "_get_local_all_to_all_group": "quantised gradients (ZeRO++) are not there; gradients are reduced in one way",
     **dict.fromkeys(

@@ -29,6 +29,7 @@ from deepspeed.config.translate import zero_config
 from deepspeed.curriculum import CurriculumMethods, curriculum_of
 from deepspeed.dataloader import DeepSpeedDataLoader
 from deepspeed.events import Callback, CallbackList
+from deepspeed.moe.marks import engine_has_moe_layers
 from deepspeed.monitor.monitor import MonitorMaster
 from deepspeed.progress import BACKWARD, FORWARD, STEP, progress_listeners
 from deepspeed.settings import recompute_plan
@@ -110,6 +111,8 @@ class DeepSpeedEngine(ConfigGetters, CurriculumMethods, StateOffloading, nn.Modu
             log_dist(config.explain(), ranks=[0])
 
     # -- being built ---------------------------------------------------------------------------------------------
+
+    has_moe_layers = property(engine_has_moe_layers)
 
     def _choose_device(self, index: int | None) -> None:
         self.global_rank = ds_comm.get_rank()

@@ -97,6 +97,7 @@ def initialize(
     if tensor.size > 1:
         split_model(model, tensor, resolved, mpu, optimizer)
     apply_settings(resolved, mpu)
+    _make_expert_groups(model, resolved)
     basic = _basic_optimizer(resolved, optimizer, model_parameters, model)
     device_rank = getattr(args, "device_rank", None)
     engine = engine_class(
@@ -155,6 +156,14 @@ def _grid(model: PipelineModule, mpu: Any) -> PipelineParallelGrid:
             "mpu was given with a PipelineModule, which has its own; leave it out, and give PipelineModule a topology"
         )
     return model.mpu()
+
+
+def _make_expert_groups(model: nn.Module, config: ResolvedConfig) -> None:
+    """The process groups of `deepspeed.moe`'s layers, or of any with that method; collective."""
+    for module in model.modules():
+        make = getattr(module, "set_deepspeed_parallelism", None)
+        if callable(make):
+            make(config.use_data_before_expert_parallelism)
 
 
 def _init_distributed(port: int, required: bool | None) -> None:

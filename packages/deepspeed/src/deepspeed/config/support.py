@@ -83,7 +83,7 @@ SUPPORT: Mapping[str, Support] = MappingProxyType(
         ),
         "vocabulary_size": Support("no-op", "upstream only warns about it"),
         "sparse_gradients": Support("unsupported", _GONE),
-        "use_data_before_expert_parallelism": Support("unsupported", _PARALLEL),
+        "use_data_before_expert_parallelism": Support("works"),
         "disable_python_gc": Support("unsupported", "call gc.disable() in the script instead"),
         "optimizer.*": Support(
             "works", "Adam, AdamW, Adagrad, Lamb, Lion, Muon and every elementwise class of torch.optim"
