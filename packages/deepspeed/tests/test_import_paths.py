@@ -26,7 +26,7 @@ PATHS = {
         "is_compile_supported log_dist logger module_inject ops replace_transformer_layer "
         "revert_transformer_layer set_autotp_mode set_optimizer_flags tp_model_init utils zero"
     ),
-    "deepspeed.git_version_info": "compatible_ops git_branch git_hash installed_ops version",
+    "deepspeed.git_version_info": "compatible_ops git_branch git_hash installed_ops torch_info version",
     "deepspeed.comm": (
         "P2POp ReduceOp all_gather all_gather_coalesced all_gather_into_tensor all_gather_object all_reduce "
         "all_reduce_coalesced all_to_all all_to_all_single allgather_fn barrier batch_isend_irecv broadcast "
@@ -37,6 +37,7 @@ PATHS = {
         "irecv is_available is_initialized isend log_summary monitored_barrier new_group recv reduce "
         "reduce_scatter reduce_scatter_fn reduce_scatter_tensor reset_log scatter send"
     ),
+    "deepspeed.comm.comm": "all_reduce configure get_rank get_world_size init_distributed is_initialized log_summary",
     "deepspeed.zero": (
         "DeepSpeedZeRoOffload GatheredParameters Init TiledLinear TiledLinearReturnBias ZeroParamStatus "
         "ZeroParamType register_external_parameter unwrap_model_for_generation"
@@ -81,7 +82,7 @@ PATHS = {
     ),
     "deepspeed.runtime.utils": (
         "CheckOverflow call_to_str clip_grad_norm_ get_global_norm memory_status move_to_device "
-        "partition_balanced partition_uniform required_torch_version see_memory_usage set_random_seed"
+        "partition_balanced partition_uniform required_torch_version see_memory_usage set_random_seed PartitionedTensor"
     ),
     "deepspeed.runtime.activation_checkpointing.checkpointing": (
         "CheckpointFunction checkpoint configure get_cuda_rng_tracker is_configured "
@@ -130,6 +131,7 @@ PATHS = {
         "get_model_state_file get_optim_files load_state_dict_from_zero_checkpoint"
     ),
     "deepspeed.utils.tensor_fragment": "safe_get_full_fp32_param",
+    "deepspeed.utils.numa": "get_numactl_cmd",
     "deepspeed.utils.nvtx": "instrument_w_nvtx",
     "deepspeed.utils.init_on_device": "OnDevice",
     "deepspeed.accelerator": ("DeepSpeedAccelerator get_accelerator is_current_accelerator_supported set_accelerator"),
@@ -142,9 +144,17 @@ PATHS = {
     "deepspeed.ops.adam.fused_adam": "FusedAdam",
     "deepspeed.ops.adagrad": "DeepSpeedCPUAdagrad",
     "deepspeed.ops.lion": "DeepSpeedCPULion FusedLion",
+    "deepspeed.ops.lion.cpu_lion": "DeepSpeedCPULion",
+    "deepspeed.ops.lion.fused_lion": "FusedLion",
     "deepspeed.ops.lamb": "FusedLamb",
     "deepspeed.ops.transformer": "DeepSpeedTransformerConfig DeepSpeedTransformerLayer",
-    "deepspeed.checkpoint.utils": "clone_tensors_for_torch_save",
+    "deepspeed.checkpoint": (
+        "CAT_DIM DS_VERSION FP32_FLAT_GROUPS MODEL_FILE_PREFIX OPTIMIZER_STATE_DICT PARAM_SHAPES "
+        "UNIVERSAL_CHECKPOINT_INFO ZERO_STAGE get_layer_ckpt_name_for_rank get_model_ckpt_name_for_rank "
+        "get_zero_ckpt_name_for_rank"
+    ),
+    "deepspeed.checkpoint.constants": "ZERO_FILE_PREFIX UNIVERSAL_CHECKPOINT_VERSION_VALUE VOCAB_TENSOR",
+    "deepspeed.checkpoint.utils": "clone_tensors_for_torch_save get_zero_ckpt_name_for_rank",
     "deepspeed.launcher.runner": (
         "DEEPSPEED_ENVIRONMENT_NAME encode_world_info fetch_hostfile main parse_args "
         "parse_inclusion_exclusion parse_resource_filter"
@@ -152,6 +162,7 @@ PATHS = {
     "deepspeed.launcher.launch": "main",
     "deepspeed.monitor": "MonitorMaster",
     "deepspeed.monitor.monitor": "MonitorMaster",
+    "deepspeed.monitor.config": "CSVConfig DeepSpeedMonitorConfig TensorBoardConfig get_monitor_config",
     "deepspeed.profiling.flops_profiler": "FlopsProfiler get_model_profile",
     "deepspeed.profiling.flops_profiler.profiler": (
         "FlopsProfiler duration_to_string flops_to_string get_model_profile macs_to_string number_to_string "

@@ -8,3 +8,11 @@ git_branch = "unknown"
 # Upstream: which C++ extensions were built in, and which could be. There are none.
 installed_ops: dict[str, bool] = {}
 compatible_ops: dict[str, bool] = {}
+# Upstream: what those were built against.
+torch_info: dict[str, str | bool] = {
+    "version": "0.0",
+    "bf16_support": False,
+    "cuda_version": "0.0",
+    "nccl_version": "0.0",
+    "hip_version": "0.0",
+}

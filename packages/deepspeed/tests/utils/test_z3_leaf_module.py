@@ -33,9 +33,9 @@ def test_by_class_marks_what_accelerate_looks_for() -> None:
 
 def test_by_name_and_suffix() -> None:
     net = model()
-    assert len(set_z3_leaf_modules_by_name(net, ["layers.1.mlp"])) == 1
+    assert len(set_z3_leaf_modules_by_name(net, ["layers.1.mlp"])[0]) == 1
     assert names(net) == ["layers.1.mlp"]
-    assert len(set_z3_leaf_modules_by_suffix(net, ["mlp"])) == 3
+    assert len(set_z3_leaf_modules_by_suffix(net, ["mlp"])[0]) == 3
     assert names(net) == ["layers.0.mlp", "layers.1.mlp", "mlp"]
     set_z3_leaf_module(net["mlp"], False)
     assert names(net) == ["layers.0.mlp", "layers.1.mlp"]
@@ -44,4 +44,4 @@ def test_by_name_and_suffix() -> None:
 def test_missing_names_are_named() -> None:
     with pytest.raises(ValueError, match=r"'layers.9.mlp'"):
         set_z3_leaf_modules_by_name(model(), ["layers.0.mlp", "layers.9.mlp"])
-    assert set_z3_leaf_modules_by_suffix(model(), ["nothing"], raise_if_not_found=False) == []
+    assert set_z3_leaf_modules_by_suffix(model(), ["nothing"], raise_if_not_found=False) == ([], ["nothing"])

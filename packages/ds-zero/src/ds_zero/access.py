@@ -110,6 +110,7 @@ def _state(place: Place, key: str) -> tuple[int, Tensor] | None:
     optimizer, unit = _optimizer(place), place.unit
     if optimizer is None or unit.master is None:
         return None
+    optimizer.gate.wait()
     slot = unit.layout.slots[place.index]
     low, high = max(unit.start, slot.offset), min(unit.stop, slot.stop)
     if low >= high:
@@ -147,17 +148,17 @@ def _after_master_write(place: Place) -> None:
 # -- full --------------------------------------------------------------------------------------------------------
 
 
-def safe_get_full_fp32_param(parameter: nn.Parameter) -> Tensor | None:
+def safe_get_full_fp32_param(param: nn.Parameter) -> Tensor | None:
     """The full fp32 master, in the parameter's shape (a copy)."""
-    place = place_of(parameter)
+    place = place_of(param)
     return None if place is None else full_of_part(place, _own(place, _master(place)), "master")
 
 
-def safe_get_full_grad(parameter: nn.Parameter) -> Tensor | None:
-    """The full mean gradient in fp32, loss scale divided out; `parameter.grad` if that is set; None without one."""
-    if parameter.grad is not None:
-        return parameter.grad
-    place = place_of(parameter)
+def safe_get_full_grad(param: nn.Parameter) -> Tensor | None:
+    """The full mean gradient in fp32, loss scale divided out; `param.grad` if that is set; None without one."""
+    if param.grad is not None:
+        return param.grad
+    place = place_of(param)
     if place is None:
         return None
     optimizer = _optimizer(place)
@@ -167,66 +168,68 @@ def safe_get_full_grad(parameter: nn.Parameter) -> Tensor | None:
     return None if full is None else full.mul_(_grad_factor(place))
 
 
-def safe_get_full_optimizer_state(parameter: nn.Parameter, key: str) -> Tensor | None:
-    """The full optimizer state `key` ("exp_avg", ...) in fp32; None before it exists."""
-    place = place_of(parameter)
+def safe_get_full_optimizer_state(param: nn.Parameter, optim_state_key: str) -> Tensor | None:
+    """The full optimizer state `optim_state_key` ("exp_avg", ...) in fp32; None before it exists."""
+    place = place_of(param)
     if place is None or place.unit.master is None:
         return None
     own, problem = None, None
     try:
-        own = _state(place, key)
+        own = _state(place, optim_state_key)
     except ZeroStateError as error:
         problem = error
     if place.owner.parts.state:  # a rank that owns no element of it cannot know whether it exists, or is a number
         found = torch.tensor([2.0 if problem else float(own is not None)], device=place.unit.device)
-        place.unit.comm.all_reduce(found, ReduceOp.MAX, label=f"whether {key} exists")
+        place.unit.comm.all_reduce(found, ReduceOp.MAX, label=f"whether {optim_state_key} exists")
         if float(found) == 1.0:
             own = own or (0, torch.empty(0, device=place.unit.device))
         elif float(found) == 2.0 and problem is None:
-            problem = ZeroStateError(f"optimizer state {key!r} is one number per parameter, not one per element")
+            problem = ZeroStateError(
+                f"optimizer state {optim_state_key!r} is one number per parameter, not one per element"
+            )
     if problem is not None:
         raise problem
-    return full_of_part(place, own, key)
+    return full_of_part(place, own, optim_state_key)
 
 
-def safe_set_full_fp32_param(parameter: nn.Parameter, value: Tensor) -> None:
+def safe_set_full_fp32_param(param: nn.Parameter, value: Tensor) -> None:
     """Replace the master, and with it the parameter; every rank passes the full value."""
-    place = place_of(parameter)
+    place = place_of(param)
     if place is not None:
         _before_master_write(place)
         write_part(place, _own(place, _master(place)), value, "master")
         _after_master_write(place)
 
 
-def safe_set_full_grad(parameter: nn.Parameter, value: Tensor) -> None:
+def safe_set_full_grad(param: nn.Parameter, value: Tensor) -> None:
     """Replace the accumulated mean gradient; every rank passes the full value."""
-    if parameter.grad is not None:
-        parameter.grad.copy_(value)
+    if param.grad is not None:
+        param.grad.copy_(value)
         return
-    place = place_of(parameter)
+    place = place_of(param)
     if place is not None:
         grad = _grad(place)
         write_part(place, _own(place, grad), value if grad is None else value / _grad_factor(place), "gradient")
 
 
-def safe_set_full_optimizer_state(parameter: nn.Parameter, value: Tensor, key: str) -> None:
-    """Replace the optimizer state `key`; every rank passes the full value."""
-    place = place_of(parameter)
+def safe_set_full_optimizer_state(param: nn.Parameter, value: Tensor, optim_state_key: str) -> None:
+    """Replace the optimizer state `optim_state_key`; every rank passes the full value."""
+    place = place_of(param)
     if place is not None:
         place.owner.gate.wait()
-        write_part(place, _state(place, key), value, key)
+        write_part(place, _state(place, optim_state_key), value, optim_state_key)
 
 
 def safe_update_full_grad_vectorized(
-    parameters: Iterable[nn.Parameter], update: Callable[[Tensor, nn.Parameter], Tensor]
+    param_list: Iterable[nn.Parameter], update_func: Callable[[Tensor, nn.Parameter], Tensor]
 ) -> None:
-    """`grad = update(grad, parameter)` for every parameter that has one."""
-    for parameter in parameters:
+    """`grad = update_func(grad, parameter)` for every parameter that has one."""
+    for parameter in param_list:
         if not parameter.requires_grad:
             continue
         grad = safe_get_full_grad(parameter)
         if grad is not None:
-            safe_set_full_grad(parameter, update(grad, parameter))
+            safe_set_full_grad(parameter, update_func(grad, parameter))
 
 
 # -- local (stage 3) ---------------------------------------------------------------------------------------------
@@ -248,49 +251,49 @@ def _local_set(own: tuple[int, Tensor] | None, value: Tensor) -> None:
         own[1].copy_(value.reshape(-1))
 
 
-def safe_get_local_fp32_param(parameter: nn.Parameter) -> Tensor | None:
+def safe_get_local_fp32_param(param: nn.Parameter) -> Tensor | None:
     """This rank's elements of the fp32 master, 1-D (none if another rank holds them all)."""
-    place = _local_place(parameter)
+    place = _local_place(param)
     return _local_get(_own(place, _master(place)))
 
 
-def safe_get_local_grad(parameter: nn.Parameter) -> Tensor | None:
+def safe_get_local_grad(param: nn.Parameter) -> Tensor | None:
     """This rank's elements of the mean gradient, 1-D fp32."""
-    place = _local_place(parameter)
+    place = _local_place(param)
     local = _local_get(_own(place, _grad(place)))
     return None if local is None else local * _grad_factor(place)
 
 
-def safe_get_local_optimizer_state(parameter: nn.Parameter, key: str) -> Tensor | None:
+def safe_get_local_optimizer_state(param: nn.Parameter, optim_state_key: str) -> Tensor | None:
     """This rank's elements of an optimizer state, 1-D fp32."""
-    place = _local_place(parameter)
+    place = _local_place(param)
     own = _own(place, _master(place))
     if own is not None and not own[1].numel():
         return own[1].float()
-    return _local_get(_state(place, key))
+    return _local_get(_state(place, optim_state_key))
 
 
-def safe_set_local_fp32_param(parameter: nn.Parameter, value: Tensor) -> None:
+def safe_set_local_fp32_param(param: nn.Parameter, value: Tensor) -> None:
     """Replace this rank's elements of the master; call it on every rank (the parameter is published)."""
-    place = _local_place(parameter)
+    place = _local_place(param)
     _before_master_write(place)
     _local_set(_own(place, _master(place)), value)
     _after_master_write(place)
 
 
-def safe_set_local_grad(parameter: nn.Parameter, value: Tensor) -> None:
+def safe_set_local_grad(param: nn.Parameter, value: Tensor) -> None:
     """Replace this rank's elements of the mean gradient."""
-    place = _local_place(parameter)
+    place = _local_place(param)
     own = _own(place, _grad(place))
     if own is not None:
         _local_set(own, value / _grad_factor(place))
 
 
-def safe_set_local_optimizer_state(parameter: nn.Parameter, value: Tensor, key: str) -> None:
+def safe_set_local_optimizer_state(param: nn.Parameter, value: Tensor, optim_state_key: str) -> None:
     """Replace this rank's elements of an optimizer state."""
-    place = _local_place(parameter)
+    place = _local_place(param)
     place.owner.gate.wait()
-    _local_set(_state(place, key), value)
+    _local_set(_state(place, optim_state_key), value)
 
 
 # -- leaf modules ------------------------------------------------------------------------------------------------
@@ -314,10 +317,15 @@ def set_z3_leaf_modules(
     return found
 
 
-def unset_z3_leaf_modules(model: nn.Module, leaf_module_classes: Iterable[type[nn.Module] | str]) -> list[nn.Module]:
-    """Undo `set_z3_leaf_modules`."""
+def unset_z3_leaf_modules(
+    model: nn.Module, leaf_module_classes: Iterable[type[nn.Module] | str], raise_if_not_found: bool = True
+) -> list[nn.Module]:
+    """Undo `set_z3_leaf_modules`; ValueError when the model has none of these classes."""
     kinds = list(leaf_module_classes)
-    found = [module for module in model.modules() if _matches(module, kinds) and z3_leaf_module(module)]
+    matching = [module for module in model.modules() if _matches(module, kinds)]
+    if not matching and raise_if_not_found:
+        raise ValueError(f"no module of the classes {kinds} in {type(model).__name__}; check the class names")
+    found = [module for module in matching if z3_leaf_module(module)]
     for module in found:
         module.__dict__["_z3_leaf"] = False
     return found
@@ -328,14 +336,14 @@ def get_z3_leaf_modules(model: nn.Module) -> list[nn.Module]:
     return [module for module in model.modules() if z3_leaf_module(module)]
 
 
-def z3_leaf_module(module: nn.Module) -> bool:
+def z3_leaf_module(model: nn.Module) -> bool:
     """Whether a module is marked as a unit of its own."""
-    return bool(getattr(module, "_z3_leaf", False))
+    return bool(getattr(model, "_z3_leaf", False))
 
 
-def z3_leaf_parameter(parameter: nn.Parameter) -> bool:
+def z3_leaf_parameter(model: nn.Parameter) -> bool:
     """Whether a parameter belongs to a marked module."""
-    place = place_of(parameter)
+    place = place_of(model)
     if place is None:
         return False
-    return any(parameter is p for m in get_z3_leaf_modules(place.owner.module) for p in m.parameters())
+    return any(model is p for m in get_z3_leaf_modules(place.owner.module) for p in m.parameters())

@@ -27,12 +27,12 @@ def get_accelerator() -> DeepSpeedAccelerator:
     return _chosen
 
 
-def set_accelerator(accelerator: DeepSpeedAccelerator) -> None:
-    """Use `accelerator` from now on."""
+def set_accelerator(accel_obj: DeepSpeedAccelerator) -> None:
+    """Use another accelerator from now on; TypeError for what is none."""
     global _chosen
-    if not isinstance(accelerator, DeepSpeedAccelerator):
-        raise TypeError(f"accelerator is a {type(accelerator).__name__}; expected a DeepSpeedAccelerator")
-    _chosen = accelerator
+    if not isinstance(accel_obj, DeepSpeedAccelerator):
+        raise TypeError(f"accel_obj is a {type(accel_obj).__name__}; expected a DeepSpeedAccelerator")
+    _chosen = accel_obj
 
 
 def is_current_accelerator_supported() -> bool:

@@ -22,7 +22,58 @@ import ds_comm
 import ds_comm.device
 from deepspeed._lazy import explain_absent
 from deepspeed.comm import log
+from deepspeed.comm.log import (
+    configure as configure,
+)
+from deepspeed.comm.log import (
+    get_comm_operation_count as get_comm_operation_count,
+)
+from deepspeed.comm.log import (
+    get_logged_comm_ops as get_logged_comm_ops,
+)
+from deepspeed.comm.log import (
+    has_comm_data as has_comm_data,
+)
+from deepspeed.comm.log import (
+    log_summary as log_summary,
+)
+from deepspeed.comm.log import (
+    reset_log as reset_log,
+)
 from deepspeed.utils.logging import get_caller_func, logger
+from ds_comm import (
+    P2POp as P2POp,
+)
+from ds_comm import (
+    destroy_process_group as destroy_process_group,
+)
+from ds_comm import (
+    get_all_ranks_from_group as get_all_ranks_from_group,
+)
+from ds_comm import (
+    get_global_rank as get_global_rank,
+)
+from ds_comm import (
+    get_local_rank as get_local_rank,
+)
+from ds_comm import (
+    get_rank as get_rank,
+)
+from ds_comm import (
+    get_world_group as get_world_group,
+)
+from ds_comm import (
+    get_world_size as get_world_size,
+)
+from ds_comm import (
+    is_available as is_available,
+)
+from ds_comm import (
+    is_initialized as is_initialized,
+)
+from ds_comm import (
+    new_group as new_group,
+)
 from ds_comm.log import configure as show_logger
 
 R = TypeVar("R")
@@ -101,7 +152,7 @@ def _upstream(function: Callable[..., R]) -> Callable[..., R]:
 
 all_gather = _upstream(ds_comm.all_gather)
 all_gather_coalesced = _upstream(ds_comm.all_gather_coalesced)
-all_gather_into_tensor = allgather_fn = _upstream(ds_comm.all_gather_into_tensor)
+all_gather_into_tensor = _upstream(ds_comm.all_gather_into_tensor)
 all_gather_object = _upstream(ds_comm.all_gather_object)
 all_reduce = _upstream(ds_comm.all_reduce)
 all_reduce_coalesced = _upstream(ds_comm.all_reduce_coalesced)
@@ -118,9 +169,39 @@ monitored_barrier = _upstream(ds_comm.monitored_barrier)
 recv = _upstream(ds_comm.recv)
 reduce = _upstream(ds_comm.reduce)
 reduce_scatter = _upstream(ds_comm.reduce_scatter)
-reduce_scatter_tensor = reduce_scatter_fn = _upstream(ds_comm.reduce_scatter_tensor)
+reduce_scatter_tensor = _upstream(ds_comm.reduce_scatter_tensor)
 scatter = _upstream(ds_comm.scatter)
 send = _upstream(ds_comm.send)
+
+
+def allgather_fn(
+    output_tensor: torch.Tensor,
+    input_tensor: torch.Tensor,
+    group: Any = None,
+    async_op: bool = False,
+    debug: str | None = None,
+    log_name: str | None = None,
+) -> Any:
+    """`all_gather_into_tensor` under upstream's older name."""
+    return all_gather_into_tensor(
+        output_tensor, input_tensor, group=group, async_op=async_op, debug=debug, log_name=log_name
+    )
+
+
+def reduce_scatter_fn(
+    output_tensor: torch.Tensor,
+    tensor: torch.Tensor,
+    op: Any = ds_comm.ReduceOp.SUM,
+    group: Any = None,
+    async_op: bool = False,
+    prof: bool = False,
+    debug: str | None = None,
+    log_name: str | None = None,
+) -> Any:
+    """`reduce_scatter_tensor` under upstream's older name."""
+    return reduce_scatter_tensor(
+        output_tensor, tensor, op=op, group=group, async_op=async_op, prof=prof, debug=debug, log_name=log_name
+    )
 
 
 def inference_all_reduce(

@@ -47,9 +47,9 @@ def parse_hostfile(lines: Iterable[str], name: str = "hostfile") -> dict[str, in
     return hosts
 
 
-def fetch_hostfile(path: str | Path) -> dict[str, int] | None:
-    """The parsed hostfile at `path`, or None where there is no such file (the launch is then local)."""
-    file = Path(path)
+def fetch_hostfile(hostfile_path: str | Path) -> dict[str, int] | None:
+    """The parsed hostfile at `hostfile_path`, or None where there is no such file (the launch is then local)."""
+    file = Path(hostfile_path)
     if not file.is_file():
         return None
     return parse_hostfile(file.read_text(encoding="utf-8").splitlines(), name=str(file))

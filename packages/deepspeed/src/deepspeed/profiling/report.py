@@ -25,14 +25,14 @@ __all__ = [
 _UNITS = (("T", 1e12), ("G", 1e9), ("M", 1e6), ("K", 1e3), ("", 1.0), ("m", 1e-3), ("u", 1e-6))
 
 
-def number_to_string(number: float, units: str | None = None, precision: int = 2) -> str:
+def number_to_string(num: float, units: str | None = None, precision: int = 2) -> str:
     """ "1.23 G": the number in the largest unit that leaves at least one, or in `units` ("G", "M", "", "m", ...)."""
     scales = dict(_UNITS)
     if units is None:
-        small = "" if isinstance(number, int) else "u"  # half an operation is nothing, half a second is 500 ms
-        units = next((name for name, scale in _UNITS if abs(number) >= scale or name == small), "")
-        units = units if number else ""
-    return f"{round(number / scales[units], precision):g} {units}"
+        small = "" if isinstance(num, int) else "u"  # half an operation is nothing, half a second is 500 ms
+        units = next((name for name, scale in _UNITS if abs(num) >= scale or name == small), "")
+        units = units if num else ""
+    return f"{round(num / scales[units], precision):g} {units}"
 
 
 def flops_to_string(flops: float, units: str | None = None, precision: int = 2) -> str:
@@ -45,9 +45,9 @@ def macs_to_string(macs: float, units: str | None = None, precision: int = 2) ->
     return number_to_string(int(macs), units, precision) + "MACs"
 
 
-def params_to_string(params: int, units: str | None = None, precision: int = 2) -> str:
+def params_to_string(params_num: int, units: str | None = None, precision: int = 2) -> str:
     """ "1.23 M"."""
-    return number_to_string(int(params), units, precision).rstrip()
+    return number_to_string(int(params_num), units, precision).rstrip()
 
 
 def duration_to_string(duration: float, units: str | None = None, precision: int = 2) -> str:

@@ -21,6 +21,7 @@ import ds_comm.device
 from deepspeed._lazy import explain_absent
 from deepspeed.accelerator import get_accelerator
 from deepspeed.accelerator.memory import available_host_memory
+from deepspeed.runtime.partitioned_tensor import PartitionedTensor as PartitionedTensor
 from deepspeed.utils.logging import logger
 
 
@@ -100,9 +101,18 @@ def clip_grad_norm_(parameters: Any, max_norm: float, norm_type: float = 2, mpu:
 
 
 class CheckOverflow:
-    """Looks for gradients that are inf or NaN, and agrees about it over the model-parallel ranks of `mpu`."""
+    """Looks for gradients that are inf or NaN, and agrees about it over the model-parallel ranks of `mpu`.
 
-    def __init__(self, param_groups: Iterable[Iterable[torch.Tensor]] | None = None, mpu: Any = None) -> None:
+    `zero_reduce_scatter` and `deepspeed` have no effect: a ZeRO engine looks at its own gradients.
+    """
+
+    def __init__(
+        self,
+        param_groups: Iterable[Iterable[torch.Tensor]] | None = None,
+        mpu: Any = None,
+        zero_reduce_scatter: bool = False,
+        deepspeed: Any = None,
+    ) -> None:
         self.mpu = mpu
         self.params = [p for group in param_groups or () for p in group]
 

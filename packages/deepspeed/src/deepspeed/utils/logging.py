@@ -78,12 +78,12 @@ def print_json_dist(message: dict[str, Any], ranks: Sequence[int] | None = None,
             file.write(text)
 
 
-def get_log_level_from_string(name: str) -> int:
+def get_log_level_from_string(log_level_str: str) -> int:
     """Numeric level of "debug", "info", "warning", "error" or "critical" (any case); ValueError for another word."""
     try:
-        return log_levels[name.lower()]
+        return log_levels[log_level_str.lower()]
     except KeyError:
-        raise ValueError(f"log level is {name!r}; expected one of {', '.join(log_levels)}") from None
+        raise ValueError(f"log level is {log_level_str!r}; expected one of {', '.join(log_levels)}") from None
 
 
 def set_log_level_from_string(log_level_str: str, custom_logger: logging.Logger | None = None) -> None:

@@ -36,27 +36,35 @@ def set_z3_leaf_module(model: torch.nn.Module, flag: bool = True) -> None:
 
 
 def set_z3_leaf_modules_by_name(
-    model: torch.nn.Module, leaf_module_names: Iterable[str], raise_if_not_found: bool = True
-) -> list[torch.nn.Module]:
-    """Mark the modules with these full names ("layers.3.mlp"); ValueError naming those that do not exist."""
-    return _mark(model, leaf_module_names, lambda name, wanted: name == wanted, raise_if_not_found)
+    model: torch.nn.Module, module_names: Iterable[str], flag: bool = True, raise_if_not_found: bool = True
+) -> tuple[list[torch.nn.Module], list[str]]:
+    """Mark the modules with these full names ("layers.3.mlp"), or take their marks away.
+
+    Returns (the modules, the names without one); ValueError where there are such and `raise_if_not_found`.
+    """
+    return _mark(model, module_names, lambda name, wanted: name == wanted, flag, raise_if_not_found)
 
 
 def set_z3_leaf_modules_by_suffix(
-    model: torch.nn.Module, leaf_module_suffixes: Iterable[str], raise_if_not_found: bool = True
-) -> list[torch.nn.Module]:
-    """Mark the modules whose full names end in these parts ("mlp.experts"); ValueError naming those without any."""
+    model: torch.nn.Module, module_name_suffixes: Iterable[str], flag: bool = True, raise_if_not_found: bool = True
+) -> tuple[list[torch.nn.Module], list[str]]:
+    """The same for the modules whose full names end in these parts ("mlp.experts")."""
     return _mark(
         model,
-        leaf_module_suffixes,
+        module_name_suffixes,
         lambda name, wanted: name == wanted or name.endswith(f".{wanted}"),
+        flag,
         raise_if_not_found,
     )
 
 
 def _mark(
-    model: torch.nn.Module, wanted: Iterable[str], matches: Callable[[str, str], bool], raise_if_not_found: bool
-) -> list[torch.nn.Module]:
+    model: torch.nn.Module,
+    wanted: Iterable[str],
+    matches: Callable[[str, str], bool],
+    flag: bool,
+    raise_if_not_found: bool,
+) -> tuple[list[torch.nn.Module], list[str]]:
     found: dict[torch.nn.Module, None] = {}
     missing: list[str] = []
     for text in wanted:
@@ -70,5 +78,5 @@ def _mark(
             "for the names, or pass raise_if_not_found=False"
         )
     for module in found:
-        set_z3_leaf_module(module)
-    return list(found)
+        set_z3_leaf_module(module, flag)
+    return list(found), missing
