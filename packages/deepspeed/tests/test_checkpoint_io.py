@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ import deepspeed
 import ds_comm
 import ds_zero
 from ds_comm.testing import run_ranks
+from ds_zero.checkpoint import durable
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -59,6 +61,34 @@ def second_half(config: dict[str, Any], folder: Path, steps: range, count: int, 
     assert state["epoch"] == 3 and state["best"] == [1.5, None] and state["ds_version"] == deepspeed.__version__
     assert torch.equal(state["table"], torch.arange(3))
     return train(engine, steps, count), weights(engine), engine.get_lr()
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_the_tags_folder_is_there_when_saving_returns(
+    fails: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """transformers looks for it to load the best model; what fails later leaves none behind."""
+    seen, commit = threading.Event(), durable.replace_directory
+
+    def late(*arguments: Any) -> None:
+        seen.wait(30)
+        if fails:
+            raise OSError("no more")
+        commit(*arguments)
+
+    monkeypatch.setattr(durable, "replace_directory", late)
+    engine = make_engine(make_config(2, "fp32"))
+    train(engine, range(1), 1)
+    engine.save_checkpoint(tmp_path)
+    assert [path.name for path in tmp_path.glob("global_step*")] == ["global_step1"]
+    seen.set()
+    if not fails:
+        engine.wait_for_checkpoint()
+        assert engine.load_checkpoint(tmp_path)[0] is not None
+        return
+    with pytest.raises(ds_zero.CheckpointError, match="no more"):
+        engine.wait_for_checkpoint()
+    assert not list(tmp_path.glob("global_step*")) and not (tmp_path / "latest").exists()
 
 
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])

@@ -8,6 +8,7 @@ that have not been stepped with are no part of a checkpoint.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
 import random
@@ -139,6 +140,10 @@ def save(
     )
     if scope.tensor is None:
         engine.pending_save = begin()
+        # Clients look for the tag's folder as soon as this returns (transformers, for the best model): it is there,
+        # empty, until the finished one takes its place.
+        with contextlib.suppress(OSError):
+            Path(place, name).mkdir(exist_ok=True)
     else:  # `latest` may only move when all parts are there
         engine.pending_save = None
         first = scope.tensor.rank == 0 and ds_comm.get_rank(scope.group) == 0
@@ -159,8 +164,14 @@ def _check_whole(engine: EngineState) -> None:
 def wait(engine: EngineState) -> None:
     """Wait for the engine's last save."""
     pending, engine.pending_save = engine.pending_save, None
-    if pending is not None:
+    if pending is None:
+        return
+    try:
         pending.wait()
+    except Exception:
+        with contextlib.suppress(OSError):  # not there, or holds an earlier save of this tag
+            pending.path.rmdir()
+        raise
 
 
 def _extra(engine: EngineState, client_state: dict[str, Any]) -> dict[str, Any]:

@@ -26,12 +26,13 @@ def require(*clients: str) -> None:
         pytest.skip("deepspeed is importable but not installed; clients would not see it", allow_module_level=True)
 
 
-def run_script(name: str, out: Path, *arguments: object, ranks: int = 1) -> Any:
-    """Run the script `name` of this folder, by the launcher where there are several ranks.
+def run_script(name: str, out: Path, *arguments: object, ranks: int = 1, launcher: list[str] | None = None) -> Any:
+    """Run the script `name` of this folder, by our launcher where there are several ranks, or by `launcher`.
 
     Returns what it wrote to out/found.json.
     """
-    launcher = ["-m", "deepspeed.cli", "--num_gpus", str(ranks)] if ranks > 1 else []
+    if launcher is None:
+        launcher = ["-m", "deepspeed.cli", "--num_gpus", str(ranks)] if ranks > 1 else []
     command = [sys.executable, *launcher, str(Path(__file__).with_name(name)), *map(str, arguments)]
     environment = {key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
