@@ -50,8 +50,11 @@ class DeepSpeedEngine(ConfigGetters, CurriculumMethods, StateOffloading, nn.Modu
         basic_optimizer: the torch optimizer inside. lr_scheduler: may be replaced or set to None at any time.
         global_steps, global_samples, micro_steps, skipped_steps: counters since the beginning of training.
         callbacks: listeners (`deepspeed.events.Callback`). compiled: what `compile` did, None before.
-    """
         recompute: what `activation_checkpointing.policy` makes of the blocks, None without it.
+    """
+
+    splits_backward = False
+    """Whether the two halves of a backward run apart, as some pipeline schedules have it."""
 
     def __init__(
         self,
@@ -88,14 +91,13 @@ class DeepSpeedEngine(ConfigGetters, CurriculumMethods, StateOffloading, nn.Modu
         _, zero_optimizer = ds_zero.shard(
             self.module, optimizer, config=zero_config(config), group=group, **self._sharding()
         )
-        self.splits_backward = False
         sharded = ds_zero.sharded_of(self.module)
         assert sharded is not None  # shard() has just laid it out
         self.sharded = sharded
+        self.recompute = recompute_plan(config, self.module, self._sharding().get("units"))
         self.pending_save: Any = None
         self.basic_optimizer = optimizer
         self.optimizer: Any = zero_optimizer
-        self.recompute = recompute_plan(config, self.module, self._sharding().get("units"))
         if zero_optimizer is None and config.zero_optimization.stage >= 3:
             self.optimizer = self.sharded  # upstream gives its parameter-offload object here
         self.monitor = MonitorMaster(config)
@@ -384,11 +386,11 @@ class DeepSpeedEngine(ConfigGetters, CurriculumMethods, StateOffloading, nn.Modu
             self.module,
             self._sharding().get("units"),
             gathers=self.zero_optimization_stage() >= 3,
+            splits_backward=self.splits_backward,
             backend=backend,
             compile_kwargs=compile_kwargs,
             schedule=schedule,
             compiled_autograd_enabled=compiled_autograd_enabled,
-            splits_backward=self.splits_backward,
         )
 
     @property

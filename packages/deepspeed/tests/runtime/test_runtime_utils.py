@@ -18,12 +18,6 @@ import ds_comm
 from deepspeed.checkpoint.utils import clone_tensors_for_torch_save
 from deepspeed.runtime import utils
 from deepspeed.runtime.fp16.loss_scaler import CreateLossScaler, DynamicLossScaler, LossScaler
-from deepspeed.runtime.zero.memory_estimators import (
-    estimate_zero2_model_states_mem_needs,
-    estimate_zero2_model_states_mem_needs_all_live,
-    estimate_zero3_model_states_mem_needs,
-    estimate_zero3_model_states_mem_needs_all_live,
-)
 from ds_comm.testing import run_ranks
 
 Pair = namedtuple("Pair", "a b")
@@ -214,20 +208,3 @@ def test_scaler_by_dtype() -> None:
     p = nn.Parameter(torch.ones(1))
     made.backward((2 * p).sum())
     assert p.grad is not None and p.grad.item() == 64
-
-
-def test_memory_estimates_are_the_memory_law(caplog: pytest.LogCaptureFixture) -> None:
-    host, device = estimate_zero2_model_states_mem_needs(1000, 4, 2, cpu_offload=False, additional_buffer_factor=1.0)
-    assert (host, device) == (4 * 1000 * 4, 2 * 1000 + 14 * 1000 / 8)
-    host, device, flight = estimate_zero3_model_states_mem_needs(1000, 100, 4, 2, False, False, True, 1.0)
-    assert (host, device, flight) == (4 * 100 * 4, 400 + 16 * 1000 / 8, 400)
-    host, device, _ = estimate_zero3_model_states_mem_needs(1000, 10, 4, 2, True, True, True, 1.0)
-    assert (host, device) == (14 * 1000 / 2, 40 + 2 * 1000 / 8)
-    net = nn.Sequential(nn.Linear(10, 10, bias=False), nn.Linear(10, 2, bias=False))
-    net.append(net[0])
-    with caplog.at_level(logging.INFO, logger="DeepSpeed"):
-        rows = estimate_zero3_model_states_mem_needs_all_live(net, additional_buffer_factor=1.0)
-        estimate_zero2_model_states_mem_needs_all_live(net)
-    plain = next(row for row in rows if not row["cpu_offload"] and row["zero_init"])
-    assert plain["device_bytes"] == 4 * 100 + 16 * 120 and len(rows) == 6
-    assert "ZeRO-3, 0M parameters" in caplog.text and "ZeRO-2" in caplog.text

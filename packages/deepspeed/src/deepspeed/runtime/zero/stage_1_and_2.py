@@ -2,6 +2,10 @@
 
 from deepspeed._lazy import explain_absent
 from deepspeed.runtime.zero.memory_estimators import (
+    estimate_zero0_model_states_mem_needs_all_cold,
+    estimate_zero0_model_states_mem_needs_all_live,
+    estimate_zero1_model_states_mem_needs_all_cold,
+    estimate_zero1_model_states_mem_needs_all_live,
     estimate_zero2_model_states_mem_needs,
     estimate_zero2_model_states_mem_needs_all_cold,
     estimate_zero2_model_states_mem_needs_all_live,
@@ -10,6 +14,10 @@ from ds_zero import ZeroOptimizer as DeepSpeedZeroOptimizer
 
 __all__ = [
     "DeepSpeedZeroOptimizer",
+    "estimate_zero0_model_states_mem_needs_all_cold",
+    "estimate_zero0_model_states_mem_needs_all_live",
+    "estimate_zero1_model_states_mem_needs_all_cold",
+    "estimate_zero1_model_states_mem_needs_all_live",
     "estimate_zero2_model_states_mem_needs",
     "estimate_zero2_model_states_mem_needs_all_cold",
     "estimate_zero2_model_states_mem_needs_all_live",
