@@ -6,6 +6,7 @@ import inspect
 import logging
 import subprocess
 import sys
+from datetime import datetime
 from typing import Any
 
 import pytest
@@ -103,9 +104,11 @@ def summary() -> tuple[Any, ...]:
     empty = (dist.has_comm_data(), dist.get_comm_operation_count(), dist.get_logged_comm_ops())
     dist.configure({"comms_logger": {"enabled": True, "verbose": False}})
     for _ in range(3):
-        dist.all_reduce(torch.ones(256), log_name="a")
-    dist.all_reduce(torch.ones(256), log_name="b")
+        dist.all_reduce(torch.ones(256))
+    dist.all_reduce(torch.ones(256), log_name="mine")
     dist.broadcast(torch.ones(2), 0)
+    dist.all_gather_into_tensor(torch.empty(512), torch.ones(256))
+    dist.reduce_scatter_tensor(torch.empty(128), torch.ones(256))
     full = (dist.has_comm_data(), dist.get_comm_operation_count(), dist.get_logged_comm_ops())
     result = dist.log_summary(show_straggler=True, return_dict=True)
     dist.configure(prof_all=False, prof_ops=["broadcast"])
@@ -115,20 +118,46 @@ def summary() -> tuple[Any, ...]:
     return untimed, empty, full, result, chosen, off
 
 
+ROW = {"count", "msg_size_bytes", "msg_size_str"}
+
+
 def test_the_log_reads_the_ledger() -> None:
     for rank, (untimed, empty, full, result, chosen, off) in enumerate(run_ranks(summary, 2)):
         assert untimed == 0.0
         assert empty == (False, 0, [])
-        assert full == (True, 5, ["all_reduce", "broadcast"])
+        names = ["all_reduce", "mine", "broadcast", "all_gather_into_tensor", "reduce_scatter_tensor"]
+        assert full == (True, 7, names)
+        assert list(result) == ["summary", "straggler_analysis", "metadata"]
+        assert list(result["summary"]) == list(result["straggler_analysis"]) == names
         row = result["summary"]["all_reduce"][1024]
-        assert row["count"] == 4 and row["msg_size_bytes"] == 1024 and row["msg_size_str"] == "1 KB"
-        seconds = row["total_latency_ms"] / 1e3
-        assert seconds > 0 and row["avg_latency_ms"] == pytest.approx(row["total_latency_ms"] / 4)
-        assert row["tput_avg_gbps"] == pytest.approx(4 * 1024 * 8 / seconds / 1e9)
-        assert row["busbw_avg_gbps"] == pytest.approx(row["tput_avg_gbps"])  # 2(N-1)/N = 1 for two ranks
+        assert set(row) == {*ROW, "total_latency_ms", "avg_latency_ms", "tput_avg_gbps", "busbw_avg_gbps"}
+        assert row["count"] == 3 and row["msg_size_bytes"] == 1024 and row["msg_size_str"] == "1.0 KB"
+        assert row["total_latency_ms"] > 0 and row["avg_latency_ms"] == pytest.approx(row["total_latency_ms"] / 3)
+        # bits per second of (throughput, bus bandwidth), as multiples of what is given: upstream's, on two ranks
+        for name, size, factors in [
+            ("all_reduce", 1024, (2, 1)),
+            ("mine", 1024, (2, 1)),
+            ("broadcast", 8, (1, 1)),
+            ("all_gather_into_tensor", 1024, (2, 1)),
+            ("reduce_scatter_tensor", 1024, (1, 0.5)),
+        ]:
+            (found,) = result["summary"][name].items()
+            bits = 8 * size / (found[1]["avg_latency_ms"] / 1e3) / 1e9
+            assert found[0] == found[1]["msg_size_bytes"] == size
+            assert (found[1]["tput_avg_gbps"], found[1]["busbw_avg_gbps"]) == pytest.approx(
+                (factors[0] * bits, factors[1] * bits)
+            )
         waited = result["straggler_analysis"]["all_reduce"][1024]
-        assert waited["straggler_effect_ms"] == pytest.approx(waited["total_latency_ms"] - waited["min_latency_ms"])
-        assert waited["straggler_effect_ms"] >= 0
+        assert set(waited) == {
+            *ROW,
+            "total_comm_lat_ms",
+            "total_straggler_ms",
+            "avg_comm_lat_ms",
+            "avg_straggler_ms",
+        }
+        assert waited["total_comm_lat_ms"] + waited["total_straggler_ms"] == pytest.approx(row["total_latency_ms"])
+        assert waited["total_straggler_ms"] >= 0 and waited["avg_comm_lat_ms"] > 0
+        assert datetime.fromisoformat(result["metadata"]["timestamp"])
         assert result["metadata"]["rank"] == rank and result["metadata"]["world_size"] == 2
         assert chosen == ["broadcast"] and off is False
 
@@ -146,10 +175,12 @@ def test_verbose_logs_each_operation(caplog: pytest.LogCaptureFixture, monkeypat
 
     with caplog.at_level(logging.INFO, logger="DeepSpeed"):
         assert caller() == "grads"
-    assert "comm op: grads | msg size: 2 KB | caller: caller" in caplog.text
+    assert "comm op: grads | msg size: 2.0 KB | caller: caller" in caplog.text
 
 
-@pytest.mark.parametrize(("nbytes", "text"), [(0, "0 B"), (1536, "1.5 KB"), (3 * 2**30, "3 GB"), (2**41, "2 TB")])
+@pytest.mark.parametrize(
+    ("nbytes", "text"), [(0, "0B"), (40, "40.0 B"), (1536, "1.5 KB"), (3 * 2**30, "3.0 GB"), (2**41, "2.0 TB")]
+)
 def test_readable_sizes(nbytes: int, text: str) -> None:
     assert log.readable_size(nbytes) == text
 

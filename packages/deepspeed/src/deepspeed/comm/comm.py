@@ -139,6 +139,7 @@ def _upstream(function: Callable[..., R]) -> Callable[..., R]:
     def call(*args: Any, prof: bool = False, log_name: str | None = None, debug: str | None = None, **kwargs: Any) -> R:
         if log_name is not None:
             kwargs.setdefault("label", log_name)
+            log.name_operation(log_name)
         settings = log.settings()
         if settings.enabled and settings.verbose and settings.wants(function.__name__):
             caller = f" | caller: {get_caller_func(2)}" if settings.debug else ""
