@@ -69,6 +69,41 @@ def test_answers_do_not_depend_on_company(
     check_empty(core)
 
 
+@pytest.mark.parametrize(("budget", "num_blocks"), [(32, 256), (9, 256), (8, 24)], ids=str)
+@pytest.mark.parametrize("stream", [False, True])
+def test_logprobs_of_prompts(budget: int, num_blocks: int, stream: bool) -> None:
+    """In chunks, after the cache knows the prompt, preempted, of several choices: always the whole prompt's."""
+    core = make_core(num_blocks=num_blocks, max_tokens_per_step=budget)
+    prompts = [list(b"a prompt that is long enough for chunks"), [65], list(b"two"), list(b"a prompt that is long too")]
+    wanted = [SamplingParams(max_tokens=4, temperature=0, prompt_logprobs=top) for top in (2, 0, 1, 3)]
+    for again in range(2):
+        for at, (prompt, params) in enumerate(zip(prompts, wanted, strict=True)):
+            core.add(f"{again}-{at}", prompt, params, n=1 + at, stream=stream)
+        core.add(f"{again}-plain", prompts[0], greedy(4), stream=stream)
+    made = run(core)
+    check_empty(core)
+    decoder = core.decoder
+    assert isinstance(decoder, FakeDecoder)
+    for job_id, choices in made.items():
+        if job_id.endswith("plain"):
+            assert choices[0].prompt_logprobs is None
+            continue
+        at = int(job_id[2:])
+        prompt, top = prompts[at], wanted[at].prompt_logprobs
+        assert top is not None and sorted(choices) == list(range(1 + at))
+        for choice in choices.values():
+            assert choice.token_ids == alone(prompt, 4) and choice.logprobs is None
+            found = choice.prompt_logprobs
+            assert found is not None and [one.token for one in found] == prompt
+            assert found[0].logprob is None and found[0].top == ()
+            for place, one in enumerate(found[1:], 1):
+                exact = decoder._row(prompt[:place]).log_softmax(-1)
+                assert one.logprob == pytest.approx(float(exact[prompt[place]]), abs=1e-5)
+                best = exact.topk(max(1, top)).values.tolist()[:top]
+                assert [value for _, value in one.top] == pytest.approx(best, abs=1e-5)
+    assert core.scheduler.num_cached_tokens > 0, "others still share what was computed"
+
+
 def test_choices_share_the_prompt_and_differ() -> None:
     core = make_core()
     prompt = list(b"a prompt that is long enough for several blocks")

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import concurrent.futures
 import contextlib
+import gc
+import http.client
 import json
 import logging
 import socket
@@ -136,6 +139,35 @@ class TestCompletions:
         assert [choice.index for choice in made.choices] == [0, 1, 2, 3]
         expected = [prompt + text_of(prompt, 5) for prompt in ("one", "one", "two", "two")]
         assert [choice.text for choice in made.choices] == expected
+
+    def test_echo_with_logprobs(self, server: Running) -> None:
+        def ask(stream: bool) -> Any:
+            return server.client.completions.create(
+                model="pretend", prompt=["one prompt", "t"], max_tokens=4, temperature=0, echo=True, logprobs=2,
+                stream=stream, n=2,
+            )  # fmt: skip
+
+        whole = ask(False)
+        for choice, prompt in zip(whole.choices, ("one prompt", "one prompt", "t", "t"), strict=True):
+            found = choice.logprobs
+            assert choice.text == prompt + text_of(prompt, 4) == "".join(found.tokens)
+            assert found.text_offset == list(range(len(found.tokens)))
+            assert found.token_logprobs[0] is None and found.top_logprobs[0] is None
+            assert all(value < 0 for value in found.token_logprobs[1:])
+            assert all(set(text) <= {*top} and len(top) in (2, 3)
+                       for text, top in zip(found.tokens[1:], found.top_logprobs[1:], strict=True))  # fmt: skip
+        texts, tokens, values = ([""] * 4, [[] for _ in range(4)], [[] for _ in range(4)])
+        for chunk in ask(True):
+            for part in chunk.choices:
+                texts[part.index] += part.text
+                if part.logprobs is not None:
+                    tokens[part.index] += part.logprobs.tokens
+                    values[part.index] += part.logprobs.token_logprobs
+        assert texts == [choice.text for choice in whole.choices]
+        assert tokens == [choice.logprobs.tokens for choice in whole.choices]
+        assert [value[1:] for value in values] == [
+            pytest.approx(choice.logprobs.token_logprobs[1:], abs=1e-5) for choice in whole.choices
+        ]
 
     def test_tokens_as_prompts(self, server: Running) -> None:
         one = server.client.completions.create(model="pretend", prompt=list(b"abc"), max_tokens=4, temperature=0)
@@ -319,7 +351,6 @@ LONG = "x" * 300
         ("completions", {**BODY, "presence_penalty": 5}, 400, "presence_penalty", "presence_penalty"),
         ("completions", {**BODY, "suffix": "end"}, 400, "suffix is not supported", "suffix"),
         ("completions", {**BODY, "best_of": 3}, 400, "best_of is not supported", "best_of"),
-        ("completions", {**BODY, "echo": True, "logprobs": 1}, 400, "logprobs is not supported", "logprobs"),
         ("completions", {**BODY, "stream_options": {"include_usage": True}}, 400, "stream_options needs", None),
         ("chat/completions", {**CHAT, "messages": [{"role": "user", "content": "\ud800"}]}, 400, "surrogate", None),
         ("chat/completions", {**CHAT, "chat_template_kwargs": {"chat_template": "x"}}, 400, "chat_template is", None),
@@ -354,6 +385,47 @@ def test_options_that_mean_not_used_pass(server: Running) -> None:
         "tool_choice": "none", "response_format": {"type": "text"}, "stop": None, "seed": -1, "metadata": {"a": "b"},
     }  # fmt: skip
     assert server.post("/v1/chat/completions", {**CHAT, **unused})[0] == 200
+
+
+def test_many_requests_leave_nothing_behind() -> None:
+    """Objects and memory after many requests are those after some: whole, streamed, refused, dropped by the client."""
+    bodies = [
+        {**BODY, "max_tokens": 2},
+        {**BODY, "max_tokens": 2, "stream": True},
+        {**BODY, "max_tokens": 3, "logprobs": 2, "stop": ["q"], "n": 2},
+        {**BODY, "max_tokens": "no"},
+    ]
+
+    def many(count: int) -> None:
+        connection = http.client.HTTPConnection("127.0.0.1", made.port, timeout=30)
+        for number in range(count):
+            body = json.dumps({**bodies[number % 4], "prompt": f"question {number}"})
+            connection.request("POST", "/v1/completions", body, {"Authorization": f"Bearer {KEY}"})
+            response = connection.getresponse()
+            assert response.status == (400 if number % 4 == 3 else 200)
+            if number % 50 == 1:  # a stream that nobody reads to its end
+                response.close()
+                connection.close()
+            else:
+                response.read()
+        connection.close()
+
+    def settled() -> tuple[int, int]:
+        made.wait_idle()
+        gc.collect()
+        resident = (
+            int(Path("/proc/self/statm").read_text().split()[1]) * 4096 if Path("/proc/self/statm").exists() else 0
+        )
+        return len(gc.get_objects()), resident
+
+    with running(make_core(scrambled)) as made:
+        many(150)
+        objects, resident = settled()
+        with concurrent.futures.ThreadPoolExecutor(4) as pool:
+            list(pool.map(many, [150] * 4))
+        more_objects, more_resident = settled()
+    assert more_objects - objects < 450, "an object per request would be 600"
+    assert more_resident - resident < 16 << 20
 
 
 def test_keys(server: Running) -> None:

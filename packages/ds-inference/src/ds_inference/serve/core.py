@@ -56,6 +56,8 @@ class _Job:
     unborn: deque[int]
     """Choices that are not with the scheduler yet."""
     live: dict[int, _Choice] = field(default_factory=dict)
+    prompt_logprobs: list[Sampled] = field(default_factory=list)
+    """As far as the prompt has been read."""
 
 
 class _Choice:
@@ -66,6 +68,7 @@ class _Choice:
         self.index = index
         self.request = request
         self.logprobs: list[Sampled] = []
+        self.prompt_told = False
         self.text = ""
         self.at_once = codec is not None and (job.stream or bool(job.params.stop))
         """The text is made with every token, not only at the end."""
@@ -168,6 +171,8 @@ class ServingCore:
                 f"{self.scheduler.limits.max_queued} (max_queued): try again later"
             )
         job = _Job(job_id, tuple(prompt), params, stream, salt, Timing(time.monotonic()), deque(range(1, n)))
+        if params.prompt_logprobs is not None:
+            job.prompt_logprobs.append(Sampled(job.prompt[0]))
         choice = self._choice(job, 0)
         self.scheduler.add(choice.request)
         self._born(choice)
@@ -208,6 +213,9 @@ class ServingCore:
         except Exception as error:
             return self._failed(plan, error)
         self._failures = 0
+        for work, found in self._runner.scored:
+            known = self._choices[work.request.request_id].job.prompt_logprobs
+            known[work.start + 1 : work.start + 1 + len(found)] = found
         deltas = [
             self._fail(work.request.request_id, result)
             for work, result in zip(plan.sampling, results, strict=True)
@@ -247,6 +255,8 @@ class ServingCore:
         if not stream and reason is None:
             return []
         logprobs, choice.logprobs = tuple(choice.logprobs), []
+        prompt_logprobs = () if choice.prompt_told else tuple(choice.job.prompt_logprobs)
+        choice.prompt_told = True
         delta = Delta(
             choice.job.job_id,
             choice.index,
@@ -256,6 +266,7 @@ class ServingCore:
             reason,
             stop,
             num_cached=request.num_cached,
+            prompt_logprobs=prompt_logprobs,
         )
         if reason is not None:
             self._end(choice)

@@ -44,6 +44,8 @@ class Delta:
     """The choice has failed with this; nothing follows."""
     num_cached: int = 0
     """Tokens of the prompt that were not computed again for it."""
+    prompt_logprobs: tuple[Sampled, ...] = ()
+    """In a choice's first delta, one per token of the prompt when the job asked for them; the first has none."""
 
     @property
     def last(self) -> bool:
@@ -60,6 +62,7 @@ class Completion:
     logprobs: list[Sampled] | None = None
     finish_reason: FinishReason | None = None
     stop: str | int | None = None
+    prompt_logprobs: list[Sampled] | None = None
 
     def take(self, delta: Delta) -> None:
         """Join a delta of this choice."""
@@ -67,6 +70,8 @@ class Completion:
         self.token_ids.extend(delta.tokens)
         if delta.logprobs:
             self.logprobs = [*(self.logprobs or ()), *delta.logprobs]
+        if delta.prompt_logprobs:
+            self.prompt_logprobs = list(delta.prompt_logprobs)
         self.finish_reason, self.stop = delta.finish_reason, delta.stop
 
 
@@ -85,6 +90,11 @@ class RequestOutput:
     @property
     def finished(self) -> bool:
         return all(output.finish_reason is not None for output in self.outputs)
+
+    @property
+    def prompt_logprobs(self) -> list[Sampled] | None:
+        """One per token of the prompt, the first without a probability; None: not asked for."""
+        return self.outputs[0].prompt_logprobs
 
     @property
     def text(self) -> str:

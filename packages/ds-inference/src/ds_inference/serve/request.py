@@ -76,6 +76,8 @@ class SamplingParams:
     """The model's own end tokens do not end the request."""
     logprobs: int | None = None
     """Log-probabilities of the token chosen and of so many most likely ones (0 to 64); None: none."""
+    prompt_logprobs: int | None = None
+    """The same of the prompt's tokens, which is then computed whole, nothing of it being taken from the cache."""
 
     def __post_init__(self) -> None:
         stop: object = self.stop
@@ -100,6 +102,7 @@ class SamplingParams:
         _real("frequency_penalty", self.frequency_penalty, -2, 2)
         _integer("seed", self.seed, 0, 2**64 - 1, optional=True)
         _integer("logprobs", self.logprobs, 0, MAX_LOGPROBS, optional=True)
+        _integer("prompt_logprobs", self.prompt_logprobs, 0, MAX_LOGPROBS, optional=True)
         if not isinstance(self.ignore_eos, bool):
             raise RequestError(f"ignore_eos is {self.ignore_eos!r}; expected True or False")
         if len(self.stop) > MAX_STOPS or not all(isinstance(text, str) and text for text in self.stop):

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ds_inference.decoder import Batch
 from ds_inference.errors import LogitsError
-from ds_inference.serve.sampler import Sampled, SampleRow, sample
+from ds_inference.serve.sampler import Sampled, SampleRow, sample, score
 from ds_inference.serve.scheduler import StepPlan, Work
 
 __all__ = ["BlockCache", "CausalDecoder", "Runner", "make_batch"]
@@ -45,14 +45,17 @@ class CausalDecoder(Protocol):
 
 
 def make_batch(works: Sequence[Work], device: torch.device) -> Batch:
-    """The tensors of some of a step's work; logits are asked for at the last token of what samples."""
+    """The tensors of some of a step's work; logits are asked for at scored tokens, and at the last of what samples."""
     decoding = all(len(work.tokens) == 1 for work in works)
     width = max(len(work.block_table) for work in works)
     tables = [[*work.block_table, *(0,) * (width - len(work.block_table))] for work in works]
     ends: list[int] = [0]
     for work in works:
         ends.append(ends[-1] + len(work.tokens))
-    wanted = [end - 1 for work, end in zip(works, ends[1:], strict=True) if work.samples]
+    wanted: list[int] = []
+    for work, start, end in zip(works, ends, ends[1:], strict=False):
+        wanted += range(start, start + work.scored)
+        wanted += [end - 1] * work.samples
 
     def column(values: list[int], dtype: torch.dtype = torch.int64) -> Tensor:
         return torch.tensor(values, dtype=dtype, device=device)
@@ -75,6 +78,8 @@ class Runner:
     def __init__(self, decoder: CausalDecoder, cache: BlockCache) -> None:
         self.decoder = decoder
         self.cache = cache
+        self.scored: list[tuple[Work, list[Sampled]]] = []
+        """Of the last step: work with tokens that are scored, and what is known of those that follow them."""
 
     @torch.inference_mode()
     def run(self, plan: StepPlan) -> list[Sampled | LogitsError]:
@@ -84,14 +89,32 @@ class Runner:
         single = [work for work in plan.work if len(work.tokens) == 1]
         ragged = [work for work in plan.work if len(work.tokens) > 1]
         results: dict[str, Sampled | LogitsError] = {}
+        self.scored = []
         for works in (single, ragged):
             if works:
                 sampling = [work for work in works if work.samples]
                 logits = self.decoder.forward(make_batch(works, self.decoder.device), self.cache)
+                logits = self._without_scored(works, logits)
                 rows = [SampleRow.of(work.request) for work in sampling]
                 for work, result in zip(sampling, _sample_each(logits, rows), strict=True):
                     results[work.request.request_id] = result
         return [results[work.request.request_id] for work in plan.sampling]
+
+    def _without_scored(self, works: list[Work], logits: Tensor) -> Tensor:
+        """Score the prompts that ask for it; what is left are the rows to sample from."""
+        if not any(work.scored for work in works):
+            return logits
+        left, row = [], 0
+        for work in works:
+            if count := work.scored:
+                following = work.request.prompt[work.start + 1 : work.start + 1 + count]
+                top = work.request.params.prompt_logprobs or 0
+                self.scored.append((work, score(logits[row : row + count], following, top)))
+            row += count
+            if work.samples:
+                left.append(row)
+                row += 1
+        return logits[torch.tensor(left, dtype=torch.int64, device=logits.device)]
 
 
 def _sample_each(logits: Tensor, rows: list[SampleRow]) -> Sequence[Sampled | LogitsError]:

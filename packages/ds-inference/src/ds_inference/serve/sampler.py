@@ -25,11 +25,13 @@ from torch import Tensor
 from ds_inference.errors import LogitsError
 from ds_inference.serve.request import Request, SamplingParams
 
-__all__ = ["SampleRow", "Sampled", "sample", "uniform"]
+__all__ = ["SampleRow", "Sampled", "sample", "score", "uniform"]
 
 _MASK = (1 << 64) - 1
 _GOLDEN = 0x9E3779B97F4A7C15
 _HEAD = 1024
+_SCORED = 64
+"""Rows that are scored at a time: a copy of their logits is made."""
 
 
 @dataclass(frozen=True)
@@ -210,19 +212,36 @@ def _top_p(x: Tensor, ps: list[float]) -> Tensor:
     return x.index_copy(0, index, rows.masked_fill(rows < ordered.gather(1, needed - 1), -torch.inf))
 
 
+def score(logits: Tensor, tokens: Sequence[int], top: int) -> list[Sampled]:
+    """What the rows of logits say of given tokens: their log-probabilities, and the `top` most likely ones."""
+    found = []
+    for first in range(0, len(tokens), _SCORED):
+        chosen = list(tokens[first : first + _SCORED])
+        found += _described(logits[first : first + _SCORED], chosen, [top] * len(chosen))
+    return found
+
+
+def _described(logits: Tensor, tokens: list[int], counts: list[int]) -> list[Sampled]:
+    """One token per row with its log-probability and the most likely ones with theirs."""
+    logprobs = logits.float().log_softmax(-1)
+    own = logprobs.gather(1, torch.tensor(tokens, device=logits.device)[:, None])[:, 0].tolist()
+    best = logprobs.topk(min(max(counts), logits.shape[1]))
+    values, places = best.values.tolist(), best.indices.tolist()
+    return [
+        Sampled(token, own[at], tuple(zip(places[at][:count], values[at][:count], strict=True)))
+        for at, (token, count) in enumerate(zip(tokens, counts, strict=True))
+    ]
+
+
 def _with_logprobs(logits: Tensor, rows: Sequence[SampleRow], tokens: list[int]) -> list[Sampled]:
     sampled = [Sampled(token) for token in tokens]
     counts = {at: row.params.logprobs for at, row in enumerate(rows) if row.params.logprobs is not None}
     if not counts:
         return sampled
     index = torch.tensor(list(counts), device=logits.device)
-    logprobs = logits[index].float().log_softmax(-1)
-    own = logprobs.gather(1, torch.tensor([tokens[at] for at in counts], device=logits.device)[:, None])[:, 0].tolist()
-    best = logprobs.topk(min(max(counts.values()), logits.shape[1]))
-    values, places = best.values.tolist(), best.indices.tolist()
-    for line, (at, count) in enumerate(counts.items()):
-        top = tuple(zip(places[line][:count], values[line][:count], strict=True))
-        sampled[at] = Sampled(tokens[at], own[line], top)
+    found = _described(logits[index], [tokens[at] for at in counts], list(counts.values()))
+    for at, one in zip(counts, found, strict=True):
+        sampled[at] = one
     return sampled
 
 

@@ -73,6 +73,13 @@ class Work:
     """Whether the last of the tokens is followed by a new one, to be sampled."""
 
     @property
+    def scored(self) -> int:
+        """How many of the tokens, from the first on, are followed by one of the prompt whose probability is wanted."""
+        if self.request.params.prompt_logprobs is None:
+            return 0
+        return max(0, min(len(self.tokens), self.request.num_prompt - 1 - self.start))
+
+    @property
     def context(self) -> int:
         """Keys that the last token sees, its own included."""
         return self.start + len(self.tokens)
@@ -316,7 +323,7 @@ class Scheduler:
     def _known_prefix(self, request: Request) -> list[int]:
         """The longest run of full blocks that the cache knows, short of the last token, which has to be computed."""
         known: list[int] = []
-        if self.blocks.prefix_caching:
+        if self.blocks.prefix_caching and request.params.prompt_logprobs is None:
             for index in range((len(request.tokens) - 1) // self.blocks.block_size):
                 block = self.blocks.find(request.digest(index, self.blocks.block_size))
                 if block is None:

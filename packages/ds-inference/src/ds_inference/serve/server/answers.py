@@ -91,28 +91,31 @@ class CompletionFormat(Format):
     """/v1/completions. `prompts`: the text that each choice repeats first (`echo`)."""
 
     echo: list[str] = field(default_factory=list)
+    echo_scored: bool = False
+    """The prompt comes with the log-probabilities of its tokens, in a choice's first delta."""
     kind = "text_completion"
     chunk_kind = "text_completion"
     _offsets: dict[int, int] = field(default_factory=dict)
 
     def choice(self, completion: Completion) -> dict[str, Any]:
+        sampled = [*(completion.prompt_logprobs or ()), *(completion.logprobs or ())]
         return {
             "index": completion.index,
             "text": self._echoed(completion.index) + completion.text,
-            "logprobs": self._logprobs(completion.index, completion.logprobs),
+            "logprobs": self._logprobs(completion.index, sampled or None),
             "finish_reason": completion.finish_reason,
         }
 
     def part(self, delta: Delta, index: int) -> dict[str, Any]:
         return {
             "index": index,
-            "text": delta.text,
-            "logprobs": self._logprobs(index, delta.logprobs or None),
+            "text": (self._echoed(index) if delta.prompt_logprobs else "") + delta.text,
+            "logprobs": self._logprobs(index, (*delta.prompt_logprobs, *delta.logprobs) or None),
             "finish_reason": delta.finish_reason,
         }
 
     def opening(self, index: int) -> dict[str, Any] | None:
-        if not self.echo:
+        if not self.echo or self.echo_scored:
             return None
         choice = {"index": index, "text": self._echoed(index), "logprobs": None, "finish_reason": None}
         return self._object(self.chunk_kind) | {"choices": [choice]} | ({"usage": None} if self.with_usage else {})
@@ -131,7 +134,7 @@ class CompletionFormat(Format):
         return {
             "tokens": tokens,
             "token_logprobs": [one.logprob for one in sampled],
-            "top_logprobs": [self._top(one) for one in sampled],
+            "top_logprobs": [None if one.logprob is None else self._top(one) for one in sampled],
             "text_offset": offsets,
         }
 

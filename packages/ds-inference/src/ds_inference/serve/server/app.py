@@ -151,7 +151,7 @@ class Server:
                 self.engine.core.check(numbers, body.params(), n)
             for prompt in prompts:
                 echo += [prompt if isinstance(prompt, str) else self._codec.decode(prompt)] * n
-        form = CompletionFormat(*self._identity("cmpl", body), echo=echo)
+        form = CompletionFormat(*self._identity("cmpl", body), echo=echo, echo_scored=body.logprobs is not None)
         return await self._answer(request, body, tokens, body.params(), form)
 
     async def chat(self, request: Request) -> Response:

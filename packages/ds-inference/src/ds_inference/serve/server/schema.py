@@ -97,7 +97,9 @@ class _Sampling(_Closed):
                 return name
         return None
 
-    def sampling(self, max_tokens: int | None, logprobs: int | None) -> SamplingParams:
+    def sampling(
+        self, max_tokens: int | None, logprobs: int | None, prompt_logprobs: int | None = None
+    ) -> SamplingParams:
         """RequestError for values that cannot be."""
         return SamplingParams(
             max_tokens=max_tokens,
@@ -115,6 +117,7 @@ class _Sampling(_Closed):
             stop_token_ids=tuple(self.stop_token_ids),
             ignore_eos=self.ignore_eos,
             logprobs=logprobs,
+            prompt_logprobs=prompt_logprobs,
         )
 
 
@@ -129,11 +132,11 @@ class CompletionRequest(_Sampling):
     suffix: str | None = None
 
     def unused(self) -> dict[str, Any]:
-        echoed = {"logprobs": None} if self.echo else {}
-        return super().unused() | {"best_of": self.n or 1, "suffix": ""} | echoed
+        return super().unused() | {"best_of": self.n or 1, "suffix": ""}
 
     def params(self) -> SamplingParams:
-        return self.sampling(DEFAULT_MAX_TOKENS if self.max_tokens is None else self.max_tokens, self.logprobs)
+        limit = DEFAULT_MAX_TOKENS if self.max_tokens is None else self.max_tokens
+        return self.sampling(limit, self.logprobs, self.logprobs if self.echo else None)
 
     def prompts(self) -> list[str | list[int]]:
         """One or several, each text or token numbers."""
