@@ -199,12 +199,26 @@ class TestWarmup:
         assert schedule.get_lr_ratio() == pytest.approx(0.2)
 
 
-@pytest.mark.parametrize("steps", [0, -3, 2.5, "5", None])
+@pytest.mark.parametrize("steps", [-3, 2.5, "5", None, True])
 @pytest.mark.parametrize("cls", [WarmupLR, WarmupDecayLR, WarmupCosineLR])
-def test_warmup_steps_must_be_a_positive_int(cls: Any, steps: Any) -> None:
+def test_warmup_steps_are_a_number_of_steps(cls: Any, steps: Any) -> None:
     total = {} if cls is WarmupLR else {"total_num_steps": 10}
-    with pytest.raises(ValueError, match="warmup_num_steps must be a positive integer"):
+    with pytest.raises(ValueError, match=f"warmup_num_steps must be an integer of at least 0, got {steps!r}"):
         cls(optimizer(), warmup_num_steps=steps, **total)
+
+
+@pytest.mark.parametrize("cls", [WarmupLR, WarmupDecayLR, WarmupCosineLR])
+def test_no_warmup_steps_are_the_shortest_warmup(cls: Any) -> None:
+    total = {} if cls is WarmupLR else {"total_num_steps": 6}
+    schedules = [cls(optimizer(), warmup_num_steps=steps, **total) for steps in (0, 1, 2)]
+    rates = []
+    for schedule in schedules:
+        found = []
+        for _ in range(6):
+            schedule.step()
+            found.append(schedule.get_last_lr())
+        rates.append(found)
+    assert rates[0] == rates[1] == rates[2] and rates[0][1] != rates[0][0]
 
 
 def test_unknown_warmup_type_warns_and_is_log(caplog: pytest.LogCaptureFixture) -> None:

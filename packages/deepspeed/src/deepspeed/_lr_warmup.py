@@ -6,7 +6,7 @@ import logging
 import math
 from typing import Any
 
-from deepspeed._lr_base import PerGroup, Schedule, per_group, positive_int
+from deepspeed._lr_base import PerGroup, Schedule, per_group
 
 __all__ = ["WARMUP_LINEAR_RATE", "WARMUP_LOG_RATE", "WarmupCosineLR", "WarmupDecayLR", "WarmupLR"]
 
@@ -35,11 +35,18 @@ def _warmup_kind(warmup_type: str) -> str:
     return WARMUP_LOG_RATE
 
 
+def _warmup_steps(steps: Any) -> int:
+    """N. 0 is what clients send that want no warmup; like 1, it is the shortest there is."""
+    if isinstance(steps, bool) or not isinstance(steps, int) or steps < 0:
+        raise ValueError(f"warmup_num_steps must be an integer of at least 0, got {steps!r}")
+    return max(2, steps)
+
+
 class WarmupLR(Schedule):
     """Go up from `warmup_min_lr` to `warmup_max_lr` in N steps, logarithmically or linearly, and stay there.
 
-    `warmup_max_lr` None is each group's own lr at construction. N is at least 2; ValueError unless
-    `warmup_num_steps` is a positive int.
+    `warmup_max_lr` None is each group's own lr at construction. N is at least 2 (0 and 1 count as 2);
+    ValueError unless `warmup_num_steps` is an int of at least 0.
     """
 
     def __init__(
@@ -57,7 +64,7 @@ class WarmupLR(Schedule):
         self.max_lrs = (
             self._group_lrs() if warmup_max_lr is None else per_group("warmup_max_lr", warmup_max_lr, num_groups)
         )
-        self.warmup_num_steps = max(2, positive_int("warmup_num_steps", warmup_num_steps))
+        self.warmup_num_steps = _warmup_steps(warmup_num_steps)
         self.warmup_type = _warmup_kind(warmup_type)
         self._write_start()
 
@@ -120,7 +127,7 @@ class WarmupCosineLR(Schedule):
         self.total_num_steps = total_num_steps
         self.warmup_min_ratio = warmup_min_ratio
         self.cos_min_ratio = cos_min_ratio
-        self.warmup_num_steps = max(2, positive_int("warmup_num_steps", warmup_num_steps))
+        self.warmup_num_steps = _warmup_steps(warmup_num_steps)
         self.warmup_type = _warmup_kind(warmup_type)
         self.org_lrs = self._group_lrs()
         if total_num_steps < warmup_num_steps:
