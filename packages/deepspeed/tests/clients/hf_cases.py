@@ -1,9 +1,9 @@
 """What a user's script with a Hugging Face trainer holds, as functions: run by ranks with DeepSpeed, and without it.
 
-Importing transformers costs seconds, so cases run one after another in the same processes (`run_ranks`' pool), each as a
-script of its own would begin: `fresh` forgets what accelerate and transformers keep for the life of a process. Two
-lines are there for a CPU: the process group is named (transformers asks torch for a GPU backend otherwise), and the
-trainer is told to use it.
+Importing transformers costs seconds, so cases run one after another in the same processes (`run_ranks`' pool), each
+as a script of its own would begin: `fresh` forgets what accelerate and transformers keep for the life of a process.
+Two lines are there for a CPU: the process group is named (transformers asks torch for a GPU backend otherwise), and
+the trainer is told to use it. Clients are imported where they are used: without them this module still imports.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
 ROWS = [[(i + j) % 64 for j in range(12)] for i in range(32)]
 SAMPLES = [{"input_ids": row, "labels": row} for row in ROWS]
@@ -66,7 +65,7 @@ def ds_config(stage: int, **more: Any) -> dict[str, Any]:
 def arguments(
     out: Path,
     config: Any,
-    kind: type[Any] = TrainingArguments,
+    kind: type[Any] | None = None,
     *,
     accumulation: int = 1,
     batch: int = BATCH,
@@ -74,13 +73,15 @@ def arguments(
     **more: Any,
 ) -> Any:
     """A trainer's arguments, `batch` samples a step; without DeepSpeed where `config` is None."""
+    from transformers import TrainingArguments
+
     ranks = world_size() if config is not None else 1
     if config is not None:
         more |= {"deepspeed": config, "accelerator_config": {"use_configured_state": True}}
     if config is None or bf16:
         more |= {"use_cpu": True}  # which transformers asks for with bf16; the process group is there already
     usual = {"max_steps": 4, "save_steps": 2, "learning_rate": 1e-2, "warmup_steps": 1, "seed": 5}
-    return kind(
+    return (kind or TrainingArguments)(
         output_dir=str(out),
         per_device_train_batch_size=batch // ranks // accumulation,
         gradient_accumulation_steps=accumulation,
@@ -94,12 +95,20 @@ def arguments(
 
 
 def load(folder: Path) -> Any:
+    from transformers import AutoModelForCausalLM
+
     return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+
+
+def make_trainer(model: Any, args: Any, samples: Any = SAMPLES, **more: Any) -> Any:
+    from transformers import Trainer
+
+    return Trainer(model=model, args=args, train_dataset=samples, **more)
 
 
 def full(folder: Path, out: Path, config: Any, **options: Any) -> Any:
     args = arguments(out, config, **options)
-    return Trainer(model=load(folder), args=args, train_dataset=SAMPLES)
+    return make_trainer(load(folder), args)
 
 
 def resize(folder: Path, out: Path, config: Any, **options: Any) -> Any:
@@ -108,7 +117,7 @@ def resize(folder: Path, out: Path, config: Any, **options: Any) -> Any:
     model = load(folder)
     model.resize_token_embeddings(70, mean_resizing=False)
     model.resize_token_embeddings(64)
-    return Trainer(model=model, args=args, train_dataset=SAMPLES)
+    return make_trainer(model, args)
 
 
 def lora(folder: Path, out: Path, config: Any, **options: Any) -> Any:
@@ -119,7 +128,7 @@ def lora(folder: Path, out: Path, config: Any, **options: Any) -> Any:
     model = load(folder)
     model.enable_input_require_grads()
     model = PeftModel.from_pretrained(model, folder / "lora", is_trainable=True)
-    return Trainer(model=model, args=args, train_dataset=SAMPLES)
+    return make_trainer(model, args)
 
 
 def sft(folder: Path, out: Path, config: Any, **options: Any) -> Any:
@@ -159,7 +168,7 @@ def smollm2(folder: Path, out: Path, config: Any, **options: Any) -> Any:
     args = arguments(out, config, **options)
     text = "\n\n".join(topics.topics[key] for key in sorted(topics.topics)).encode()[: 8 * 64]
     rows = torch.frombuffer(bytearray(text), dtype=torch.uint8).long().view(8, 64)
-    return Trainer(model=load(folder), args=args, train_dataset=[{"input_ids": row, "labels": row} for row in rows])
+    return make_trainer(load(folder), args, [{"input_ids": row, "labels": row} for row in rows])
 
 
 TRAINERS: dict[str, Callable[..., Any]] = {
@@ -211,7 +220,7 @@ def evaluate(folder: Path, out: Path, config: Any) -> dict[str, Any]:
     fresh(config is not None)
     more = {"eval_strategy": "steps", "eval_steps": 2, "load_best_model_at_end": True, "per_device_eval_batch_size": 2}
     args = arguments(out, config, **more)
-    trainer = Trainer(model=load(folder), args=args, train_dataset=SAMPLES, eval_dataset=SAMPLES[:12])
+    trainer = make_trainer(load(folder), args, eval_dataset=SAMPLES[:12])
     trainer.train()
     seen = [row["eval_loss"] for row in trainer.state.log_history if "eval_loss" in row]
     best = Path(trainer.state.best_model_checkpoint).name

@@ -5,21 +5,16 @@ The numbers are those of one process without accelerate and DeepSpeed.
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
 from typing import Any
 
+import hf_cases
 import pytest
 import torch
 from client_scripts import require
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
-
 from ds_comm.testing import run_ranks
 
 require("accelerate", "transformers")
-
-import hf_cases
 
 STEPS, BATCH = 4, 4
 

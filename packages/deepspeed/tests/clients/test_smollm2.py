@@ -8,15 +8,14 @@ from __future__ import annotations
 import importlib.util
 from pathlib import Path
 
+import hf_cases
 import pytest
 import torch
 from client_scripts import require
 
-require("transformers", "accelerate", "gguf")
-
-import hf_cases
-
 from ds_comm.testing import run_ranks
+
+require("transformers", "accelerate", "gguf")
 
 
 @pytest.fixture(scope="module")

@@ -9,15 +9,14 @@ import json
 from pathlib import Path
 from typing import Any
 
+import hf_cases
 import pytest
 import torch
 from client_scripts import require
 
-require("transformers", "accelerate")
-
-import hf_cases
-
 from ds_comm.testing import run_ranks
+
+require("transformers", "accelerate")
 
 NEEDS = {"lora": "peft", "sft": "trl", "dpo": "trl"}
 RANKS_TIMEOUT = 150.0

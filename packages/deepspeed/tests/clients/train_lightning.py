@@ -1,4 +1,4 @@
-"""Trains a small net through lightning; run by test_lightning.py, with DeepSpeed on two ranks and without on one.
+"""Trains a small net through lightning: functions that test_lightning.py runs, on two ranks and without DeepSpeed.
 
 lightning's strategies refuse every accelerator but CUDA, and number devices, which CPUs do not: the two subclasses here
 leave out those two checks, nothing else.
@@ -6,8 +6,6 @@ leave out those two checks, nothing else.
 
 from __future__ import annotations
 
-import argparse
-import json
 import os
 from pathlib import Path
 from typing import Any
@@ -19,13 +17,7 @@ import torch
 from lightning.fabric import Fabric
 from lightning.fabric.plugins.environments import TorchElasticEnvironment
 
-parser = argparse.ArgumentParser()
-parser.add_argument("kind", choices=["fabric", "trainer"])
-parser.add_argument("out", type=Path)
-parser.add_argument("--stage", type=int)
-options = parser.parse_args()
-
-RANKS, STEPS, BATCH = int(os.environ.get("WORLD_SIZE", "1")), 4, 8
+STEPS, BATCH = 4, 8
 for module in (fabric_strategy, trainer_strategy):
     module._validate_device_index_selection = lambda devices: None  # type: ignore[attr-defined]
 
@@ -67,24 +59,24 @@ def make_data() -> torch.utils.data.TensorDataset:
     )
 
 
-def strategy(kind: type[Any]) -> Any:
-    if options.stage is None:
+def strategy(kind: type[Any], stage: int | None, ranks: int) -> Any:
+    if stage is None:
         return "auto"
     config = {
-        "zero_optimization": {"stage": options.stage, "stage3_param_persistence_threshold": 0},
+        "zero_optimization": {"stage": stage, "stage3_param_persistence_threshold": 0},
         "zero_allow_untested_optimizer": True,
-        "train_micro_batch_size_per_gpu": BATCH // RANKS,
+        "train_micro_batch_size_per_gpu": BATCH // ranks,
     }
     return kind(config=config, process_group_backend="gloo", cluster_environment=TorchElasticEnvironment())
 
 
-def through_fabric() -> dict[str, Any]:
-    fabric = Fabric(accelerator="cpu", devices=RANKS, strategy=strategy(ForFabric))
+def through_fabric(out: Path, stage: int | None, ranks: int) -> dict[str, Any]:
+    fabric = Fabric(accelerator="cpu", devices=ranks, strategy=strategy(ForFabric, stage, ranks))
     fabric.launch()
     torch.manual_seed(3)
     model = Net()
     engine, optimizer = fabric.setup(model, torch.optim.AdamW(model.parameters(), lr=1e-2))
-    loader = fabric.setup_dataloaders(torch.utils.data.DataLoader(make_data(), batch_size=BATCH // RANKS))
+    loader = fabric.setup_dataloaders(torch.utils.data.DataLoader(make_data(), batch_size=BATCH // ranks))
     losses = []
     for step, (x, y) in enumerate(loader):
         loss = torch.nn.functional.cross_entropy(engine(x), y)
@@ -93,9 +85,9 @@ def through_fabric() -> dict[str, Any]:
         optimizer.zero_grad()
         losses.append(fabric.all_reduce(loss.detach(), reduce_op="mean").item())
         if step == 1:
-            fabric.save(options.out / "half", {"model": engine, "optimizer": optimizer, "step": step})
+            fabric.save(out / "half", {"model": engine, "optimizer": optimizer, "step": step})
     state = {"model": engine, "optimizer": optimizer, "step": 0}
-    fabric.load(options.out / "half", state)
+    fabric.load(out / "half", state)
     again = []
     for step, (x, y) in enumerate(loader):
         if step > state["step"]:
@@ -107,30 +99,31 @@ def through_fabric() -> dict[str, Any]:
     return {"losses": losses, "again": again, "rank": fabric.global_rank, "engine": type(engine.module).__name__}
 
 
-def through_trainer() -> dict[str, Any]:
+def through_trainer(out: Path, stage: int | None, ranks: int) -> dict[str, Any]:
     torch.manual_seed(3)
     model = Net()
     trainer = lightning.Trainer(
         accelerator="cpu",
-        devices=RANKS,
-        strategy=strategy(ForTrainer),
+        devices=ranks,
+        strategy=strategy(ForTrainer, stage, ranks),
         max_epochs=1,
         logger=False,
         enable_progress_bar=False,
         enable_model_summary=False,
-        default_root_dir=options.out,
+        default_root_dir=out,
         enable_checkpointing=False,
         use_distributed_sampler=False,
     )
     data = make_data()
     # The sampler that lightning would put in shuffles; this one keeps to the order of the run without DeepSpeed.
-    order = torch.utils.data.DistributedSampler(data, RANKS, int(os.environ.get("RANK", "0")), shuffle=False)
-    trainer.fit(model, torch.utils.data.DataLoader(data, batch_size=BATCH // RANKS, sampler=order))
-    trainer.save_checkpoint(options.out / "last.ckpt")
+    order = torch.utils.data.DistributedSampler(data, ranks, int(os.environ.get("RANK", "0")), shuffle=False)
+    trainer.fit(model, torch.utils.data.DataLoader(data, batch_size=BATCH // ranks, sampler=order))
+    trainer.save_checkpoint(out / "last.ckpt")
     mean = trainer.strategy.reduce(torch.tensor(model.losses), reduce_op="mean")
     return {"losses": mean.tolist(), "rank": trainer.global_rank, "engine": type(trainer.model).__name__}
 
 
-found = through_fabric() if options.kind == "fabric" else through_trainer()
-if found["rank"] == 0:
-    (options.out / "found.json").write_text(json.dumps(found))
+def train(kind: str, out: Path, stage: int | None) -> dict[str, Any]:
+    """With DeepSpeed on the ranks that are here, without it (`stage` is None) on this process alone."""
+    ranks = 1 if stage is None else int(os.environ["WORLD_SIZE"])
+    return {"fabric": through_fabric, "trainer": through_trainer}[kind](out, stage, ranks)
