@@ -98,6 +98,8 @@ PATHS = {
         "PipeDataParallelTopology PipeModelDataParallelTopology PipelineParallelGrid ProcessTopology"
     ),
     "deepspeed.runtime.compiler": "disable is_compile_supported is_compiling",
+    "deepspeed.linear": "Init LoRAConfig OptimizedLinear QuantizationConfig init_lora",
+    "deepspeed.linear.optimized_linear": "LoRAOptimizedLinear OptimizedLinear QuantizedLinear QuantizedParameter",
     "deepspeed.moe.layer": "MoE",
     "deepspeed.moe.sharded_moe": "MOELayer TopKGate _AllToAll top1gating top2gating topkgating",
     "deepspeed.moe.experts": "Experts",

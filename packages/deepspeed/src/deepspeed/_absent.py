@@ -73,7 +73,6 @@ MODULES: Mapping[str, str] = {
     "io": _FILES,
     "launcher.constants": "the names of launchers are plain strings: pdsh, openmpi, mvapich, mpich, impi, slurm",
     "launcher.multinode_runner": "deepspeed.launcher.multinode builds the commands; run `deepspeed --launcher NAME`",
-    "linear": "LoRA comes with PEFT, which works at every stage; init_inference(quantization=...) quantises",
     "model_implementations": _POLICIES,
     **dict.fromkeys(
         (
