@@ -37,8 +37,12 @@ class InferBench(_common.Bench):
         super().__init__(name, arguments)
         self.assets: Path = (arguments.assets or self.scratch).resolve()
 
-    def contenders(self, labels: Sequence[str], **extra: Any) -> list[Contender]:
-        """Those of `labels` that `--only` (labels, or families) and the installed packages leave."""
+    def contenders(self, labels: Sequence[str], world_size: int = 1, **extra: Any) -> list[Contender]:
+        """Those of `labels` that `--only` (labels, or families) and the installed packages leave.
+
+        With several ranks each has its part of the threads.
+        """
+        threads = max(1, self.options.threads // world_size)
         only = self.options.only.split(",") if self.options.only else labels
         found = []
         for label in labels:
@@ -49,13 +53,13 @@ class InferBench(_common.Bench):
             if missing or (family == "upstream" and not self.options.peer_python):
                 print(f"left out: {label} ({missing or '--peer-python not given'})", flush=True)
                 continue
-            shared = {"assets": str(self.assets), "threads": self.options.threads, **extra}
+            shared = {"assets": str(self.assets), "threads": threads, **extra}
             found.append(
                 Contender(
                     label,
                     upstream=family == "upstream",
-                    world_size=1,
-                    threads=self.options.threads,
+                    world_size=world_size,
+                    threads=threads,
                     script="_infer_worker.py",
                     extra=shared,
                 )

@@ -7,6 +7,7 @@ ignored; answers seconds and tokens), `{"do": "perplexity", ...}`, `{"do": "serv
 Families, all greedy, without an end-of-text token:
 - `transformers`: `generate`, eager. `compiled`: `generate` with a static cache and its own `torch.compile`.
 - `upstream`, `ours`: `init_inference(model, ...)`, then `generate`. `ours-torch`: ours without numba.
+- `hybrid`: our engine with ZeRO-3 and an optimizer; each `generate` is a rollout, from `eval()` to `train()`.
 - `llama.cpp`: llama-cpp-python's low-level calls and its own greedy sampler, so no Python between a token's layers.
 """
 
@@ -195,6 +196,37 @@ class OursTorch(Ours):
         super().imports()
 
 
+class Hybrid(Transformers):
+    """`deepspeed.initialize` of this checkout, generating between steps."""
+
+    def imports(self) -> None:
+        super().imports()
+        import deepspeed
+
+        deepspeed.initialize  # noqa: B018 (names are imported when they are first used)
+
+    def build(self) -> None:
+        import deepspeed
+
+        self.model = self.load()
+        config = {
+            "train_micro_batch_size_per_gpu": 1,
+            "bf16": {"enabled": self.precision == "bf16"},
+            "optimizer": {"type": "AdamW", "params": {"lr": 1e-5}},
+            "zero_optimization": {"stage": 3},
+            "hybrid_engine": {"enabled": True, "max_out_tokens": CONTEXT},
+        }
+        self.generator = deepspeed.initialize(
+            model=self.model, model_parameters=self.model.parameters(), config=config
+        )[0]
+
+    def generate(self, prompts: list[list[int]], new: int) -> list[list[int]]:
+        self.generator.eval()
+        rows = super().generate(prompts, new)
+        self.generator.train()
+        return rows
+
+
 class LlamaCpp(Family):
     """llama.cpp on a GGUF file."""
 
@@ -228,6 +260,7 @@ FAMILIES: dict[str, type[Family]] = {
     "ours": Ours,
     "ours-torch": OursTorch,
     "ours-checkpoint": OursCheckpoint,
+    "hybrid": Hybrid,
     "llama.cpp": LlamaCpp,
 }
 
