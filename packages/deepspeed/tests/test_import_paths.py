@@ -174,6 +174,18 @@ PATHS = {
     "deepspeed.inference.engine": "InferenceEngine",
     "deepspeed.inference.config": "DeepSpeedInferenceConfig",
     "deepspeed.module_inject": "replace_transformer_layer revert_transformer_layer",
+    "deepspeed.sequence.layer": "DistributedAttention _SeqAllToAll apply_rotary_pos_emb single_all_to_all",
+    "deepspeed.sequence.cross_entropy": "vocab_sequence_parallel_cross_entropy",
+    "deepspeed.runtime.sequence_parallel.parallel_state_sp": (
+        "_release_sequence_parallel_groups get_model_parallel_group get_model_parallel_rank "
+        "get_model_parallel_world_size get_sequence_data_parallel_group get_sequence_data_parallel_rank "
+        "get_sequence_data_parallel_world_size get_sequence_parallel_group get_sequence_parallel_rank "
+        "get_sequence_parallel_world_size initialize_sequence_parallel"
+    ),
+    "deepspeed.runtime.sequence_parallel.ulysses_sp": (
+        "SequenceTiledCompute TiledFusedLogitsLoss TiledMLP UlyssesSPAttentionHF UlyssesSPDataLoaderAdapter "
+        "sequence_tiled_compute"
+    ),
     "deepspeed.constants": "TORCH_DISTRIBUTED_DEFAULT_PORT default_pg_timeout",
 }
 """Module -> names, separated by spaces."""

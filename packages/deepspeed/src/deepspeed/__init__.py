@@ -35,6 +35,7 @@ if TYPE_CHECKING:
         planner,
         profiling,
         runtime,
+        sequence,
         utils,
     )
     from deepspeed.accelerator import get_accelerator
@@ -127,6 +128,7 @@ _SUBMODULES = (
     "planner",
     "profiling",
     "runtime",
+    "sequence",
     "utils",
 )
 _get, __dir__ = attach(__name__, _NAMES, _SUBMODULES)
@@ -203,6 +205,7 @@ __all__ = [
     "replace_transformer_layer",
     "revert_transformer_layer",
     "runtime",
+    "sequence",
     "set_autotp_mode",
     "set_optimizer_flags",
     "tp_model_init",

@@ -13,7 +13,9 @@ from collections.abc import Mapping
 __all__ = ["CONSTANT", "MODULES", "NAMES"]
 
 _EXPERTS = "a Hugging Face model's experts train as they are, sharded by ZeRO like any weights; see docs/moe.md"
-_SEQUENCE = "sequence parallelism is a later part of ds-zero; until then, use activation checkpointing for long inputs"
+_LONG = "use deepspeed.sequence.layer for the attention and deepspeed.sequence.tiled for what is large per token"
+_WRAP = "call UlyssesSPAttentionHF.register_with_transformers, or put deepspeed.sequence.layer into the model"
+_LOSSES = "vocab_sequence_parallel_cross_entropy and TiledFusedLogitsLoss are there; split vocabularies have no loss"
 _TIER = "the nvme tier is not there; on a host without accelerator every state is in memory anyway"
 _KERNELS = "there is no C++ build; ds_kernels has the kernels (torch, numba and Triton), each an ordinary import"
 _PASSES = "there are no compiler passes of our own; call engine.compile(), which is torch.compile of the module"
@@ -100,6 +102,11 @@ MODULES: Mapping[str, str] = {
     "module_inject.tp_plan_converter": _TP_LAYERS,
     "module_inject.tp_shard": _TP_LAYERS,
     "module_inject.utils": _POLICIES,
+    **dict.fromkeys(
+        ("moe.ep_count", "moe.ep_experts", "moe.ep_kernels", "moe.ep_repack", "moe.ep_router", "moe.ep_tp_dispatch"),
+        _EXPERTS,
+    ),
+    "moe.fused_expert_layout": _EXPERTS,
     "monitor.utils": "a monitor whose package is missing says so when it is enabled",
     "nebula": f"{_REMOVED}; saves are asynchronous here anyway",
     "nvme": f"{_TIER}, and there are no tools for it",
@@ -125,7 +132,7 @@ MODULES: Mapping[str, str] = {
     "runtime.activation_checkpointing.offload_activations": "use checkpointing.configure(checkpoint_in_cpu=True)",
     "runtime.bf16_optimizer": _OPTIMIZERS,
     "runtime.checkpoint_engine": f"there is one writer and no interface to choose: {_FILES}",
-    "runtime.chunked_cross_entropy": "compute the loss of slices of the sequence and add them",
+    "runtime.chunked_cross_entropy": "use TiledFusedLogitsLoss of deepspeed.runtime.sequence_parallel.ulysses_sp",
     "runtime.comm": "gradients are reduced by ds_zero; otherwise use deepspeed.comm.reduce_scatter_tensor",
     "runtime.constants": "the keys of the config are plain strings; see docs/config.md, or deepspeed.config",
     "runtime.data_pipeline.data_routing": _ROUTING,
@@ -148,7 +155,6 @@ MODULES: Mapping[str, str] = {
     "runtime.python_gc": "call gc.disable() in the script",
     "runtime.quantize": f"{_REMOVED}; use init_inference(quantization=...)",
     "runtime.rollout": _ROLLOUT,
-    "runtime.sequence_parallel": _SEQUENCE,
     "runtime.sparse_tensor": f"{_REMOVED}; gradients of embeddings are reduced as dense tensors",
     "runtime.state_dict_factory": "init_inference(checkpoint=...) reads Megatron's parts",
     "runtime.superoffload": _TIER,
@@ -164,7 +170,11 @@ MODULES: Mapping[str, str] = {
     "runtime.zero.offload_states": "use engine.offload_states and engine.reload_states",
     "runtime.zero.partitioned_param_coordinator": _INTERNAL,
     "runtime.zero.partitioned_param_profiler": "use deepspeed.profiling.trace_steps, which shows gathers by unit",
-    "sequence": _SEQUENCE,
+    **dict.fromkeys(("sequence.auto_sp", "sequence.autosp_detector", "sequence.autosp_fusion"), _WRAP),
+    "sequence.autosp_vit": _WRAP,
+    "sequence.fpdt_layer": _LONG,
+    "sequence.linear_cross_entropy": _LOSSES,
+    "sequence.vocab_parallel_ops": _LOSSES,
     "utils.bwc": _INTERNAL,
     "utils.comms_logging": "use deepspeed.comm.log_summary and ds_comm's ledger",
     "utils.config": "use deepspeed.config",
@@ -390,8 +400,41 @@ NAMES: Mapping[str, Mapping[str, str]] = {
     "runtime.zero.partition_parameters": _PARTITION,
     "runtime.zero.stage3": _STAGE,
     "runtime.zero.stage_1_and_2": _STAGE,
+    "runtime.sequence_parallel.ulysses_sp": {
+        "AutogradComputeMLP": _INTERNAL,
+        **dict.fromkeys(("TiledLoss", "UlyssesSPFwdLossBwdWithLogits"), "use TiledFusedLogitsLoss"),
+    },
+    "sequence.cross_entropy": {
+        **dict.fromkeys(
+            (
+                "VocabParallelCausalLMLoss",
+                "VocabParallelCrossEntropyLoss",
+                "configure_vocab_parallel_loss",
+                "validate_vocab_parallel_loss",
+                "vocab_parallel_cross_entropy",
+            ),
+            _LOSSES,
+        ),
+    },
+    "sequence.layer": {
+        **dict.fromkeys(
+            ("post_all2all", "pre_all2all_fun", "register_all_to_all_group", "uneven_heads_all2all"),
+            "use single_all_to_all, which takes uneven heads too",
+        ),
+    },
     "utils": {**_GROUPS, **{name: text for name, text in _FRAGMENTS.items() if name != "tensor_fragment"}},
     "utils.groups": _GROUPS,
+    "utils.logging": {
+        "LoggerFactory": "use logging.getLogger; the logger of this package is deepspeed.utils.logger",
+        "print_dist": "use deepspeed.utils.log_dist",
+    },
     "utils.tensor_fragment": _FRAGMENTS,
+    "utils.zero_to_fp32": {
+        "convert_zero_checkpoint_to_state_dict": "use convert_zero_checkpoint_to_fp32_state_dict and cast",
+        **dict.fromkeys(
+            ("get_checkpoint_files", "get_model_state_files", "parse_model_states", "parse_optim_states"),
+            "read a checkpoint with get_fp32_state_dict_from_zero_checkpoint",
+        ),
+    },
 }
 """Module path below `deepspeed` ("" for the package) -> name -> what replaces it."""

@@ -32,6 +32,7 @@ from deepspeed.events import Callback, CallbackList
 from deepspeed.moe.marks import engine_has_moe_layers
 from deepspeed.monitor.monitor import MonitorMaster
 from deepspeed.progress import BACKWARD, FORWARD, STEP, progress_listeners
+from deepspeed.sequence.ranks import DataRanks, is_model_parallel
 from deepspeed.settings import recompute_plan
 from deepspeed.state_offload import StateOffloading
 from deepspeed.tensor_parallel import applied_to, model_part
@@ -67,12 +68,14 @@ class DeepSpeedEngine(ConfigGetters, CurriculumMethods, StateOffloading, nn.Modu
         collate_fn: Callable[[list[Any]], Any] | None = None,
         device_index: int | None = None,
         client_optimizer: Any = None,
+        ranks: DataRanks | None = None,
     ) -> None:
         super().__init__()
         self._config = config
         self.mpu = mpu
         self.collate_fn = collate_fn
         self.data_parallel_group = group
+        self._ranks = ranks or DataRanks(group, ds_comm.get_world_size(group), ds_comm.get_rank(group))
         self.client_optimizer = client_optimizer
         self.client_lr_scheduler: Any = None
         self._choose_device(device_index)
@@ -123,9 +126,11 @@ class DeepSpeedEngine(ConfigGetters, CurriculumMethods, StateOffloading, nn.Modu
         if ds_comm.device.device_type() != "cpu":
             ds_comm.device.set_device(self.local_rank if index is None else index)
         self.device = torch.device(ds_comm.device.current_device())
-        self.dp_world_size = self.seq_dp_world_size = ds_comm.get_world_size(self.data_parallel_group)
+        self.dp_world_size, self.seq_dp_world_size = self._ranks.size, ds_comm.get_world_size(self.data_parallel_group)
         model_parallel = getattr(self.mpu, "get_model_parallel_world_size", None)
-        self.mp_world_size = 1 if model_parallel is None else int(model_parallel())
+        self.mp_world_size = 1
+        if model_parallel is not None and is_model_parallel(self.mpu):
+            self.mp_world_size = int(model_parallel())
 
     def _sharding(self) -> dict[str, Any]:
         """Further arguments of `ds_zero.shard`."""
@@ -134,7 +139,7 @@ class DeepSpeedEngine(ConfigGetters, CurriculumMethods, StateOffloading, nn.Modu
     @property
     def checkpoint_scope(self) -> checkpoint_io.Scope:
         """Which ranks save and load together, and what of the model lies where."""
-        layout, tensor = {"pipe": 1, "data": self.dp_world_size}, applied_to(self.module)
+        layout, tensor = {"pipe": 1, "data": self.seq_dp_world_size}, applied_to(self.module)
         return checkpoint_io.Scope(self.data_parallel_group, self.sharded.shard_map, layout, tensor=tensor)
 
     def __getattr__(self, name: str) -> Any:
@@ -328,8 +333,8 @@ class DeepSpeedEngine(ConfigGetters, CurriculumMethods, StateOffloading, nn.Modu
         self.tput_timer.batch_size = self.train_batch_size()
 
     def get_data_parallel_rank(self) -> int:
-        """This rank among those that share the data."""
-        return ds_comm.get_rank(self.data_parallel_group)
+        """Which of the batches that are read at the same time this rank reads."""
+        return self._ranks.rank
 
     # -- data, listeners, compilation ----------------------------------------------------------------------------
 
@@ -525,7 +530,7 @@ class DeepSpeedEngine(ConfigGetters, CurriculumMethods, StateOffloading, nn.Modu
             self.sharded.close()
         self.sharded.detach()
         if groups.mpu is self.mpu:
-            groups.mpu = None
+            groups.mpu = groups.mesh_device = None
 
 
 def half(value: Any) -> Any:

@@ -21,6 +21,7 @@ from deepspeed.errors import DeepSpeedConfigError
 from deepspeed.lr_schedules import make_schedule
 from deepspeed.optimizers import build_optimizer
 from deepspeed.pipeline_engine import PipelineEngine
+from deepspeed.sequence.ranks import DataRanks, data_ranks, is_model_parallel, requested_grid
 from deepspeed.settings import apply_settings
 from deepspeed.tensor_parallel import applied_to, grid_of, requested, split_model, without_rank_count
 from deepspeed.utils import groups
@@ -58,6 +59,7 @@ def initialize(
         training_data: a dataset, for which a loader is made.
         lr_scheduler: a scheduler, or a function of the (unwrapped) optimizer that makes one; else the config's.
         mpu: object with `get_data_parallel_group()` and its kin, when ranks share a model in other ways as well.
+        mesh_param: (data-parallel ranks, ranks that share a sequence); neighbours share one.
         dist_init_required: False requires that torch.distributed is initialised already.
         config, config_params: dict, path of a JSON file, or base64 JSON.
     Returns:
@@ -68,11 +70,8 @@ def initialize(
     """
     if model is None:
         raise DeepSpeedConfigError("deepspeed.initialize needs a model: pass model=<torch.nn.Module>")
-    if mesh_param is not None:
-        raise DeepSpeedConfigError("not supported yet: mesh_param; sequence parallelism comes with a later version")
     _init_distributed(distributed_port, dist_init_required)
     engine_class: type[DeepSpeedEngine] = DeepSpeedEngine
-    group = None
     if isinstance(model, PipelineModule):
         engine_class, mpu = PipelineEngine, _grid(model, mpu)
     tensor = requested(model, config, args, config_params)
@@ -80,12 +79,10 @@ def initialize(
         _check_splittable(model)
         mpu = grid_of(tensor, mpu)
         config, args, config_params = _batch_of_group(tensor.size, config, args, config_params)
-    if mpu is not None:
-        groups.mpu = mpu
-        group = groups._get_data_parallel_group()
+    mpu, ranks = _ranks(mpu, mesh_param, config, args, config_params)
     resolved = resolve(
         config,
-        dp_world_size=ds_comm.get_world_size(group),
+        dp_world_size=ranks.size,
         device_type=ds_comm.device.device_type(),
         args=args,
         config_params=config_params,
@@ -96,7 +93,7 @@ def initialize(
         engine_class = _hybrid_engine(model)
     if tensor.size > 1:
         split_model(model, tensor, resolved, mpu, optimizer)
-    apply_settings(resolved, mpu)
+    apply_settings(resolved, mpu if is_model_parallel(mpu) else None)
     _make_expert_groups(model, resolved)
     basic = _basic_optimizer(resolved, optimizer, model_parameters, model)
     device_rank = getattr(args, "device_rank", None)
@@ -104,7 +101,8 @@ def initialize(
         model,
         resolved,
         optimizer=basic,
-        group=group,
+        group=ranks.group,
+        ranks=ranks,
         mpu=mpu,
         collate_fn=collate_fn,
         device_index=device_rank if device_rank is not None and device_rank >= 0 else None,
@@ -124,6 +122,19 @@ def _batch_of_group(size: int, config: Any, args: Any, config_params: Any) -> tu
         return config, args, config_params
     log_dist("train_batch_size counts every tensor-parallel rank's batch; they share one, so it is derived", ranks=[0])
     return counted, None, None
+
+
+def _ranks(mpu: Any, mesh_param: Any, config: Any, args: Any, config_params: Any) -> tuple[Any, DataRanks]:
+    """The mpu, or the grid that `mesh_param` or the config asks for, and this rank's place among the data."""
+    given = (config, config_params, getattr(args, "deepspeed_config", None))
+    raw = {} if all(one is None for one in given) else load_config(*choose_config(config, args, config_params)).raw
+    grid = requested_grid(mpu, mesh_param, raw)
+    if grid is not None:
+        mpu, groups.mesh_device = grid, grid.mesh
+    if mpu is None:
+        return None, data_ranks(None, None)
+    groups.mpu = mpu
+    return mpu, data_ranks(mpu, groups._get_data_parallel_group())
 
 
 def _check_splittable(model: nn.Module) -> None:

@@ -56,8 +56,6 @@ def refused_keys(section: Section, prefix: str = "") -> Iterator[tuple[str, Any,
 
 def _harmless(path: str, value: Any) -> bool:
     """Values other than the default that still ask for nothing."""
-    if path == "sequence_parallel_size":
-        return bool(value == 1)
     if isinstance(value, dict):
         return not _asks(value)
     return False

@@ -76,7 +76,7 @@ class ConfigModel(Section):
     communication_data_type: FloatDtype | None = None
     """Dtype in which gradients travel; none takes the model dtype."""
     seq_parallel_communication_data_type: FloatDtype = "fp32"
-    """The same when sequence parallelism is on."""
+    """Upstream's dtype of gradients when sequence parallelism is on."""
     sparse_gradients: bool = False
     """Reduce gradients of nn.Embedding as indices and values."""
     disable_allgather: bool = False
@@ -96,7 +96,7 @@ class ConfigModel(Section):
     use_data_before_expert_parallelism: bool = False
     """Rank layout with data before expert groups."""
     sequence_parallel_size: Positive | None = None
-    """Ranks that share one sequence."""
+    """Ranks that share one sequence; batches are counted over the world divided by them."""
     data_parallel_size: Positive | None = None
     """Data-parallel ranks; checked against the world."""
     disable_python_gc: bool = False

@@ -16,6 +16,7 @@ __getattr__, __dir__ = attach(
         "fp16",
         "lr_schedules",
         "pipe",
+        "sequence_parallel",
         "utils",
         "zero",
     ),

@@ -58,13 +58,13 @@ class DeepSpeedConfig:
     """A resolved config under upstream's name and attributes.
 
     The number of data-parallel ranks is, in this order: what `mpu` says (`get_data_parallel_world_size`, else the
-    world divided by `get_sequence_parallel_world_size`), the "data_parallel" axis of `mesh_device`, else the world:
-    that of torch.distributed when it is initialised, else WORLD_SIZE as a launcher sets it, else 1. Raises
-    DeepSpeedConfigError as `resolve` does.
+    world divided by `get_sequence_parallel_world_size`), the "data_parallel" axis of `mesh_device`, else the world
+    divided by the config's `sequence_parallel_size`: that of torch.distributed when it is initialised, else WORLD_SIZE
+    as a launcher sets it, else 1. Raises DeepSpeedConfigError as `resolve` does.
     """
 
     def __init__(self, config: ConfigSource, mpu: Any = None, mesh_device: Any = None) -> None:
-        self.world_size = _data_parallel_ranks(mpu, mesh_device)
+        self.world_size = _data_parallel_ranks(mpu, mesh_device, load_config(config).raw)
         self.resolved: ResolvedConfig = resolve(config, dp_world_size=self.world_size)
         self._param_dict: Mapping[str, Any] = self.resolved.raw
 
@@ -130,7 +130,7 @@ class DeepSpeedConfig:
         return self.resolved.explain()
 
 
-def _data_parallel_ranks(mpu: Any, mesh_device: Any) -> int:
+def _data_parallel_ranks(mpu: Any, mesh_device: Any, raw: Mapping[str, Any]) -> int:
     world = (
         dist.get_world_size()
         if dist.is_available() and dist.is_initialized()
@@ -144,7 +144,8 @@ def _data_parallel_ranks(mpu: Any, mesh_device: Any) -> int:
         return int(
             mesh_device.get_group("data_parallel").size() if hasattr(mesh_device, "get_group") else mesh_device.size()
         )
-    return world
+    shared = raw.get("sequence_parallel_size")
+    return _divided(world, shared) if isinstance(shared, int) and shared > 1 else world
 
 
 def _divided(world: int, ranks_per_sequence: int) -> int:

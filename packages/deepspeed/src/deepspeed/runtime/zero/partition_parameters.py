@@ -79,9 +79,10 @@ class Init(ds_zero.Init):
         parsed = parse_config(given) if given is not None else None
         if parsed is not None and dtype is None:
             dtype = torch.bfloat16 if parsed.bf16.enabled else torch.float16 if parsed.fp16.enabled else None
-        group = data_parallel_group or sequence_data_parallel_group
-        if group is None and mpu is not None and hasattr(mpu, "get_data_parallel_group"):
-            group = mpu.get_data_parallel_group()
+        group = sequence_data_parallel_group or data_parallel_group
+        for kind in ("sequence_data", "data"):  # ranks that share a sequence hold parameters for each other too
+            ask = getattr(mpu, f"get_{kind}_parallel_group", None)
+            group = ask() if group is None and ask is not None else group
         super().__init__(module, group=group, dtype=dtype, enabled=enabled)
 
 
