@@ -1,8 +1,8 @@
 """One rank of transformers' Trainer, a user's script, that stops between steps to wait for its parent.
 
-Obeys `_ranks.RankGroup` as `worker.py` does, but from inside of `Trainer.train`: a callback at the beginning of each step
-answers and waits. A step's seconds are those from one beginning to the next: data, forward, backward, clipping, update,
-scheduler, logging, all that the loop does. Which deepspeed it is depends on the interpreter and `PYTHONPATH` alone.
+Obeys `_ranks.RankGroup` as `worker.py` does, but from inside of `Trainer.train`: a callback at the beginning of each
+step answers and waits. A step's seconds are those from one beginning to the next: data, forward, backward, clipping,
+update, scheduler, logging, all that the loop does. Which deepspeed it is depends on interpreter and `PYTHONPATH` alone.
 Commands: `{"do": "steps", "count": n}`, `{"do": "exit"}`.
 """
 
@@ -16,14 +16,12 @@ import traceback
 from pathlib import Path
 from typing import Any
 
-import torch
-
-if "deepspeed" not in sys.modules:  # transformers asks for its version where it is imported first
-    import deepspeed
-
 import models
+import torch
 from accelerate import PartialState
 from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, TrainingArguments
+
+import deepspeed
 
 REPLY = os.fdopen(int(os.environ["DS_BENCH_REPLY_FD"]), "w")
 SPEC: dict[str, Any] = json.loads(os.environ["DS_BENCH_SPEC"])

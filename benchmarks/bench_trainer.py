@@ -2,8 +2,8 @@
 
 The interpreter needs transformers and accelerate, and deepspeed as an installed distribution (that is how they find it;
 its code is this checkout's either way); the peer's needs accelerate besides. A step is a whole turn of the Trainer's
-loop (`_trainer_worker.py`). With `--kernels` a third contender calls `ds_kernels.apply_kernels(model)` before the Trainer:
-one more line in the script, so it does not count as the same.
+loop (`_trainer_worker.py`). With `--kernels` a third contender calls `ds_kernels.apply_kernels(model)` before the
+Trainer: one more line in the script, so it does not count as the same.
 """
 
 from __future__ import annotations
