@@ -91,8 +91,8 @@ class AsyncLLM:
     def __init__(self, core: ServingCore, *, stall_seconds: float = 300.0) -> None:
         if getattr(core.decoder, "communicator", None) is not None:
             raise ConfigError(
-                "this decoder is split over ranks, whose steps would part; expected a decoder of one rank: use LLM, "
-                "called alike on every rank"
+                "this decoder is split over ranks, whose steps would part; expected a core that leads them "
+                "(ds_inference.serve.ranks.leading), or use LLM, called alike on every rank"
             )
         self.core = core
         self.stall_seconds = stall_seconds

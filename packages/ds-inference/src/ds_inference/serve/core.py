@@ -115,6 +115,7 @@ class ServingCore:
         eos_token_ids: tuple[int, ...] = (),
     ) -> None:
         self.decoder = decoder
+        self.cache = cache
         self.codec = codec
         self.eos_token_ids = eos_token_ids
         self.scheduler = Scheduler(blocks, limits)

@@ -25,7 +25,7 @@ from ds_inference.serve.core import ServingCore
 from ds_inference.serve.scheduler import SchedulerLimits
 from ds_inference.serve.text import HuggingFaceCodec, TextCodec
 
-__all__ = ["Model", "ServingOptions", "build_core"]
+__all__ = ["Model", "ServingOptions", "build_core", "read_model"]
 
 Model = str | PathLike[str] | nn.Module | Decoder
 """Where serving takes its model from."""
@@ -103,13 +103,13 @@ def build_core(model: Model, options: ServingOptions, tokenizer: Any = None) -> 
     decoder for, ConfigError where the limits contradict each other, CheckpointError for a path that cannot be read.
     """
     if isinstance(model, (str, PathLike)):
-        model, found = _read(Path(model), options)
+        model, found = read_model(Path(model), options)
         tokenizer = found if tokenizer is None else tokenizer
     eos = _end_tokens(model)
     decoder = _decoder(model, options)
     codec: TextCodec | None = HuggingFaceCodec(tokenizer) if hasattr(tokenizer, "eos_token_id") else tokenizer
     length = _length(decoder, options)
-    num_blocks = _num_blocks(decoder, options, length)
+    num_blocks = _of_all_ranks(decoder, _num_blocks(decoder, options, length))
     cache = KVCache(decoder, num_blocks, options.block_size)
     blocks = BlockManager(num_blocks, options.block_size, prefix_caching=options.prefix_caching)
     limits = SchedulerLimits(
@@ -152,6 +152,15 @@ def _num_blocks(decoder: Decoder, options: ServingOptions, length: int) -> int:
     return min(wanted, nbytes // block_nbytes)
 
 
+def _of_all_ranks(decoder: Decoder, num_blocks: int) -> int:
+    """The fewest of any tensor-parallel rank: memory that is free differs, blocks are the same on all."""
+    if decoder.communicator is None:
+        return num_blocks
+    fewest = torch.tensor([num_blocks], device=decoder.device)
+    decoder.communicator.all_reduce(fewest, torch.distributed.ReduceOp.MIN, label="serving: blocks of the cache")
+    return int(fewest)
+
+
 def _free_nbytes(device: torch.device) -> int:
     if device.type != "cpu":
         return int(torch.accelerator.get_memory_info(device)[0])
@@ -167,8 +176,8 @@ def _end_tokens(model: nn.Module | Decoder) -> tuple[int, ...]:
     return tuple(found) if isinstance(found, (list, tuple)) else (int(found),)
 
 
-def _read(path: Path, options: ServingOptions) -> tuple[nn.Module, Any]:
-    """Model and tokenizer of a transformers folder, or of a GGUF file."""
+def read_model(path: Path, options: ServingOptions) -> tuple[nn.Module, Any]:
+    """Model and tokenizer of a transformers folder, or of a GGUF file; ConfigError, CheckpointError as `build_core`."""
     try:
         from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
     except ImportError as error:

@@ -92,6 +92,8 @@ class _Gather(torch.autograd.Function):
 def _gathered(value: Tensor, sizes: Sequence[int], communicator: Communicator, label: str) -> Tensor:
     """All-gather of equal pieces: a rank with fewer features than the most has padding behind them."""
     most, rows = max(sizes), value.shape[:-1].numel()
+    if rows == 0:  # a chunk of a prompt that wants no logits
+        return value.new_empty(*value.shape[:-1], sum(sizes))
     mine = value.reshape(rows, -1)
     if mine.shape[1] < most:
         padded = mine.new_zeros(rows, most)
