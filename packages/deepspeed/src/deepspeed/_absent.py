@@ -107,6 +107,11 @@ MODULES: Mapping[str, str] = {
         _EXPERTS,
     ),
     "moe.fused_expert_layout": _EXPERTS,
+    **dict.fromkeys(
+        ("moe.ep_count", "moe.ep_experts", "moe.ep_kernels", "moe.ep_repack", "moe.ep_router", "moe.ep_tp_dispatch"),
+        _EXPERTS,
+    ),
+    "moe.fused_expert_layout": _EXPERTS,
     "monitor.utils": "a monitor whose package is missing says so when it is enabled",
     "nebula": f"{_REMOVED}; saves are asynchronous here anyway",
     "nvme": f"{_TIER}, and there are no tools for it",
@@ -129,7 +134,6 @@ MODULES: Mapping[str, str] = {
     "profiling.config": "the section flops_profiler is deepspeed.config's",
     "profiling.constants": "the keys of the section flops_profiler are plain strings; see docs/config.md",
     "runtime.activation_checkpointing.config": "call checkpointing.configure with the keys of the section",
-    "runtime.activation_checkpointing.offload_activations": "use checkpointing.configure(checkpoint_in_cpu=True)",
     "runtime.bf16_optimizer": _OPTIMIZERS,
     "runtime.checkpoint_engine": f"there is one writer and no interface to choose: {_FILES}",
     "runtime.chunked_cross_entropy": "use TiledFusedLogitsLoss of deepspeed.runtime.sequence_parallel.ulysses_sp",
@@ -428,7 +432,18 @@ NAMES: Mapping[str, Mapping[str, str]] = {
         "LoggerFactory": "use logging.getLogger; the logger of this package is deepspeed.utils.logger",
         "print_dist": "use deepspeed.utils.log_dist",
     },
+    "utils.logging": {
+        "LoggerFactory": "use logging.getLogger; the logger of this package is deepspeed.utils.logger",
+        "print_dist": "use deepspeed.utils.log_dist",
+    },
     "utils.tensor_fragment": _FRAGMENTS,
+    "utils.zero_to_fp32": {
+        "convert_zero_checkpoint_to_state_dict": "use convert_zero_checkpoint_to_fp32_state_dict and cast",
+        **dict.fromkeys(
+            ("get_checkpoint_files", "get_model_state_files", "parse_model_states", "parse_optim_states"),
+            "read a checkpoint with get_fp32_state_dict_from_zero_checkpoint",
+        ),
+    },
     "utils.zero_to_fp32": {
         "convert_zero_checkpoint_to_state_dict": "use convert_zero_checkpoint_to_fp32_state_dict and cast",
         **dict.fromkeys(

@@ -110,12 +110,14 @@ def name_operation(log_name: str) -> None:
 
 def _operation(entry: Any) -> str:
     """The name that upstream gives an operation."""
-    return entry.label if entry.label in _names else _FUNCTIONS.get(entry.op, entry.op)
+    name: str = entry.label if entry.label in _names else _FUNCTIONS.get(entry.op, entry.op)
+    return name
 
 
 def _message(entry: Any) -> int:
     """Bytes of the tensor that this rank gave."""
-    return entry.nbytes // ds_comm.get_world_size() if entry.op == "all_gather" else entry.nbytes
+    whole: int = entry.nbytes
+    return whole // ds_comm.get_world_size() if entry.op == "all_gather" else whole
 
 
 def _shown() -> list[Any]:

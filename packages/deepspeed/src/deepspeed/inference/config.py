@@ -1,5 +1,6 @@
 """Upstream's module of the inference configuration; see `ds_inference.config`."""
 
+from deepspeed._lazy import explain_absent
 from ds_inference.config import (
     ActivationQuantConfig,
     DeepSpeedInferenceConfig,
@@ -21,3 +22,5 @@ __all__ = [
     "QuantizationConfig",
     "WeightQuantConfig",
 ]
+
+explain_absent(__name__)

@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from deepspeed._lazy import explain_absent
 from deepspeed.launcher.devices import local_devices
 from deepspeed.launcher.hostfile import decode_world_info
 from deepspeed.launcher.ports import check_port
@@ -193,6 +194,8 @@ def _conclude(spec: LaunchSpec, agent: RankAgent) -> int:
     sys.stderr.flush()
     return first.exit_code
 
+
+explain_absent(__name__)
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -20,6 +20,7 @@ from pathlib import Path
 from types import FrameType
 
 from deepspeed.__about__ import __version__
+from deepspeed._lazy import explain_absent
 from deepspeed.launcher.devices import VISIBLE_VARIABLES, Devices, local_devices
 from deepspeed.launcher.environment import DEEPSPEED_ENVIRONMENT_NAME
 from deepspeed.launcher.hostfile import (
@@ -171,3 +172,6 @@ def _first_address(spec: LaunchSpec, check: bool) -> str:
 
 def _shell(env: dict[str, str], argv: Sequence[str]) -> str:
     return " ".join([*(f"{name}={shlex.quote(value)}" for name, value in env.items()), shlex.join(argv)])
+
+
+explain_absent(__name__)

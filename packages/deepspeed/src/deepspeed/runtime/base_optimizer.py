@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 
+from deepspeed._lazy import explain_absent
 from ds_zero import ZeroOptimizer
 
 __all__ = [
@@ -19,3 +20,5 @@ DeepSpeedOptimizer = ZeROOptimizer = ZeroOptimizer
 # What `deepspeed.initialize` takes in place of an optimizer or a scheduler: a function that makes one.
 DeepSpeedOptimizerCallable = Callable[[Iterable[Any]], torch.optim.Optimizer]
 DeepSpeedSchedulerCallable = Callable[[torch.optim.Optimizer], Any]
+
+explain_absent(__name__)

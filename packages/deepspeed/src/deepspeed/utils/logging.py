@@ -19,6 +19,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import ds_comm
+from deepspeed._lazy import explain_absent
 from ds_comm.log import get_logger
 
 logger: logging.Logger = get_logger("DeepSpeed")
@@ -97,3 +98,6 @@ def get_caller_func(frame: int = 3) -> str:
     for _ in range(frame):
         current = current.f_back if current is not None else None
     return current.f_code.co_name if current is not None else ""
+
+
+explain_absent(__name__)

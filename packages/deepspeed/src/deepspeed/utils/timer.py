@@ -1,5 +1,6 @@
 """Upstream's path of the timers (see `deepspeed.timers`)."""
 
+from deepspeed._lazy import explain_absent
 from deepspeed.timers import (
     BACKWARD_GLOBAL_TIMER,
     BACKWARD_INNER_GLOBAL_TIMER,
@@ -33,3 +34,5 @@ __all__ = [
     "SynchronizedWallClockTimer",
     "ThroughputTimer",
 ]
+
+explain_absent(__name__)

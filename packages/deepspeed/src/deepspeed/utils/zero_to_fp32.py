@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import sys
 
+from deepspeed._lazy import explain_absent
 from ds_zero.checkpoint.zero_to_fp32 import (
     convert_zero_checkpoint_to_fp32_state_dict,
     get_fp32_state_dict_from_zero_checkpoint,
@@ -24,6 +25,8 @@ __all__ = [
     "load_state_dict_from_zero_checkpoint",
     "main",
 ]
+
+explain_absent(__name__)
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -14,6 +14,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from deepspeed._lazy import explain_absent
+
 __all__ = ["CurriculumScheduler"]
 
 _KEYS = {
@@ -129,3 +131,6 @@ class CurriculumScheduler:
                 f"is {self.schedule_type} with {self.schedule}; make the scheduler with the saved config"
             )
         self.current_difficulty = int(state["current_difficulty"])
+
+
+explain_absent(__name__)

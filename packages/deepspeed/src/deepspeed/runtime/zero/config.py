@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from enum import IntEnum
 
+from deepspeed._lazy import explain_absent
 from deepspeed.config.model_zero import ZeroSection as DeepSpeedZeroConfig
 
 __all__ = ["DeepSpeedZeroConfig", "ZeroStageEnum"]
@@ -17,3 +18,6 @@ class ZeroStageEnum(IntEnum):
     gradients = 2
     weights = 3
     max_stage = 3
+
+
+explain_absent(__name__)

@@ -20,6 +20,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from deepspeed._lazy import explain_absent
+
 __all__ = [
     "MMapIndexedDataset",
     "MMapIndexedDatasetBuilder",
@@ -277,3 +279,6 @@ class MMapIndexedDatasetBuilder:
             file.write(_HEADER.pack(_MAGIC, 1, self._kind, len(sizes), len(self._doc_idx)))
             for array in (sizes, pointers, np.array(self._doc_idx, dtype=np.int64)):
                 file.write(array.tobytes(order="C"))
+
+
+explain_absent(__name__)
