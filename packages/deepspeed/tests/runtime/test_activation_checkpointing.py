@@ -14,7 +14,7 @@ from torch import nn
 
 import deepspeed
 import ds_comm
-from deepspeed.runtime.activation_checkpointing import checkpointing, storage
+from deepspeed.runtime.activation_checkpointing import checkpointing, offload_activations, storage
 from ds_comm.testing import run_ranks
 
 
@@ -207,3 +207,41 @@ def test_reconfiguring_the_tensor_parallel_seed_leaves_the_default_state() -> No
     with checkpointing.get_cuda_rng_tracker().fork():
         drawn = torch.rand(1)
     assert torch.equal(drawn, torch.rand(1, generator=torch.Generator().manual_seed(5 + 2718)))
+
+
+class SelfMade(nn.Module):
+    """Checkpoints itself, as layers of transformers do."""
+
+    gradient_checkpointing = True
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Sequential(nn.Linear(16, 32), nn.Tanh(), nn.Linear(32, 16))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        out: torch.Tensor = checkpointing.checkpoint(self.inner, x)
+        return out
+
+
+def test_inputs_of_layers_that_checkpoint_themselves_are_offloaded() -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(SelfMade(), SelfMade(), nn.Linear(16, 1))
+    x = torch.randn(20, 16)
+    net(x).sum().backward()
+    expected = [p.grad for p in net.parameters()]
+    net.zero_grad()
+    offload = offload_activations.get_checkpoint_hidden_states_offloading_ctx_manager(min_offload_bytes=1024)
+    extra = torch.randn(20, 20, requires_grad=True)
+    with offload:
+        loss = net(x).sum()
+        offload.mark(extra)
+        loss = loss + extra.square().sum()
+    assert (offload.offloaded_tensors, offload.offloaded_bytes) == (3, 2 * 20 * 16 * 4 + 20 * 20 * 4)
+    loss.backward()
+    assert all(torch.equal(p.grad, g) for p, g in zip(net.parameters(), expected, strict=True))
+    assert torch.equal(extra.grad, 2 * extra)
+    net(x)
+    assert offload.offloaded_tensors == 3  # outside of the context nothing is seen
+    with offload_activations.CheckpointHiddenStatesOffload(min_offload_bytes=2000) as larger_only:
+        net(x)
+    assert larger_only.offloaded_tensors == 0

@@ -2,4 +2,4 @@
 
 from deepspeed._lazy import attach
 
-__getattr__, __dir__ = attach(__name__, {}, ("checkpointing",))
+__getattr__, __dir__ = attach(__name__, {}, ("checkpointing", "offload_activations"))
