@@ -107,11 +107,6 @@ MODULES: Mapping[str, str] = {
         _EXPERTS,
     ),
     "moe.fused_expert_layout": _EXPERTS,
-    **dict.fromkeys(
-        ("moe.ep_count", "moe.ep_experts", "moe.ep_kernels", "moe.ep_repack", "moe.ep_router", "moe.ep_tp_dispatch"),
-        _EXPERTS,
-    ),
-    "moe.fused_expert_layout": _EXPERTS,
     "monitor.utils": "a monitor whose package is missing says so when it is enabled",
     "nebula": f"{_REMOVED}; saves are asynchronous here anyway",
     "nvme": f"{_TIER}, and there are no tools for it",
@@ -432,18 +427,7 @@ NAMES: Mapping[str, Mapping[str, str]] = {
         "LoggerFactory": "use logging.getLogger; the logger of this package is deepspeed.utils.logger",
         "print_dist": "use deepspeed.utils.log_dist",
     },
-    "utils.logging": {
-        "LoggerFactory": "use logging.getLogger; the logger of this package is deepspeed.utils.logger",
-        "print_dist": "use deepspeed.utils.log_dist",
-    },
     "utils.tensor_fragment": _FRAGMENTS,
-    "utils.zero_to_fp32": {
-        "convert_zero_checkpoint_to_state_dict": "use convert_zero_checkpoint_to_fp32_state_dict and cast",
-        **dict.fromkeys(
-            ("get_checkpoint_files", "get_model_state_files", "parse_model_states", "parse_optim_states"),
-            "read a checkpoint with get_fp32_state_dict_from_zero_checkpoint",
-        ),
-    },
     "utils.zero_to_fp32": {
         "convert_zero_checkpoint_to_state_dict": "use convert_zero_checkpoint_to_fp32_state_dict and cast",
         **dict.fromkeys(
