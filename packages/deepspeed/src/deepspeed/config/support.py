@@ -33,7 +33,6 @@ def _all(status: Literal["works", "no-op", "unsupported"], note: str, *paths: st
 _GONE = "upstream removed it in 0.19.8; it is not planned"
 _ZEROPP = "ZeRO++ is not here yet"
 _TIER = "comes with the nvme tier"
-_PARALLEL = "comes with tensor, sequence and expert parallelism"
 _NVME_ONLY = "read by the nvme tier only, which comes later"
 
 SUPPORT: Mapping[str, Support] = MappingProxyType(
@@ -233,7 +232,9 @@ SUPPORT: Mapping[str, Support] = MappingProxyType(
         "tensor_parallel.vocab_parallel_ce_backend": Support(
             "no-op", "logits are gathered before the loss, which is the model's own"
         ),
-        "expert_parallel.*": Support("unsupported", _PARALLEL),
+        "expert_parallel.*": Support(
+            "unsupported", "a model's experts train as they are, sharded by ZeRO like any weights"
+        ),
         "compile.*": Support(
             "no-op", "engine.compile() compiles the blocks; ZeRO's hooks gather and reduce around them, without passes"
         ),
