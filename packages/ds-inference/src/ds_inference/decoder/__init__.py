@@ -7,6 +7,7 @@ computes the tokens of a `Batch` against a `KVCache`. Which families are known, 
 
 from __future__ import annotations
 
+from ds_inference.decoder.adapters import adapters_of
 from ds_inference.decoder.batch import Batch
 from ds_inference.decoder.borrow import Borrowing
 from ds_inference.decoder.cache import KVCache
@@ -14,4 +15,4 @@ from ds_inference.decoder.decoder import Decoder
 from ds_inference.decoder.families import FAMILIES, Family
 from ds_inference.decoder.reader import read_decoder
 
-__all__ = ["FAMILIES", "Batch", "Borrowing", "Decoder", "Family", "KVCache", "read_decoder"]
+__all__ = ["FAMILIES", "Batch", "Borrowing", "Decoder", "Family", "KVCache", "adapters_of", "read_decoder"]

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from ds_inference.errors import ModelError
 
-__all__ = ["Adapted", "LowRank", "adapted", "is_chat_layer", "wide"]
+__all__ = ["Adapted", "LowRank", "adapted", "adapters_of", "is_chat_layer", "wide"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,6 +52,20 @@ def adapted(module: nn.Module) -> Adapted | None:
     if hasattr(module, "base_layer") and hasattr(module, "lora_A") and hasattr(module, "lora_B"):
         return _of_peft(module)
     return None
+
+
+def adapters_of(model: nn.Module) -> tuple[Any, ...]:
+    """What a model's adapters are at this moment: equal to an earlier answer while the same ones are active, alike."""
+    found: list[Any] = []
+    for name, module in model.named_modules():
+        try:
+            layer = adapted(module)
+        except ModelError as problem:
+            found.append((name, str(problem)))
+        else:
+            if layer is not None:
+                found.append((name, tuple((id(pair.up), id(pair.down), pair.scale) for pair in layer.low_rank)))
+    return tuple(found)
 
 
 def is_chat_layer(module: nn.Module) -> bool:

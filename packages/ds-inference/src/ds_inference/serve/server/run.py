@@ -2,29 +2,38 @@
 
 On SIGTERM or SIGINT it refuses new requests with 503, finishes those that run within a time limit, and ends; a second
 signal ends it at once. It listens on localhost unless told otherwise.
+
+Started on several ranks (`torchrun --nproc-per-node 2 -m ds_inference.serve MODEL`), each holds its part of the model;
+the first one listens, and the others follow it until it ends.
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
+import contextlib
 import logging
 import os
 import signal
 import socket
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from types import FrameType
 
 import uvicorn
 
-from ds_comm.log import configure, get_logger
+import ds_comm
+from ds_comm.log import configure, current_rank, get_logger
 from ds_inference.__about__ import __version__
 from ds_inference.errors import CheckpointError, ConfigError, LogitsError, ModelError, RequestError
 from ds_inference.serve.async_engine import AsyncLLM
 from ds_inference.serve.core import ServingCore
+from ds_inference.serve.options import ServingOptions, build_core, read_model
+from ds_inference.serve.ranks import follow, leading
 from ds_inference.serve.request import SamplingParams
 from ds_inference.serve.server.app import ServerLimits, build_app
+from ds_inference.tp.apply import apply_tensor_parallel
 
 __all__ = ["DrainingServer", "main", "parse_args", "serve"]
 
@@ -132,10 +141,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
     configure("ds_inference", getattr(logging, args.log_level.upper()))
     keys = [*args.api_key, *filter(None, [os.environ.get(API_KEY_VARIABLE)])]
     try:
-        engine = _engine(args)
-        _warm_up(engine.core)
+        core = _core(args)
+        if _num_ranks() > 1 and current_rank() > 0:
+            _follow(core)
+            return
+        with contextlib.nullcontext(core) if _num_ranks() == 1 else leading(core) as core:
+            _warm_up(core)
+            _serve(args, AsyncLLM(core), keys)
     except (CheckpointError, ConfigError, LogitsError, ModelError, RequestError) as error:
         sys.exit(f"ds-serve: {error}")
+
+
+def _serve(args: argparse.Namespace, engine: AsyncLLM, keys: Sequence[str]) -> None:
     name = args.served_model_name or os.path.basename(os.path.normpath(args.model)).removesuffix(".gguf")
     _log.info("serving %r on http://%s:%d/v1", name, args.host, args.port)
     limits = ServerLimits(body_nbytes=args.max_body_bytes, request_seconds=args.request_timeout)
@@ -152,9 +169,29 @@ def _warm_up(core: ServingCore) -> None:
                 raise delta.error
 
 
-def _engine(args: argparse.Namespace) -> AsyncLLM:
-    return AsyncLLM.build(
-        args.model,
+def _follow(core: ServingCore) -> None:
+    """Another rank: a signal to all of them is the first one's to obey, so that it can finish what it has."""
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
+    follow(core)
+
+
+def _num_ranks() -> int:
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def _core(args: argparse.Namespace) -> ServingCore:
+    options = _options(args)
+    if _num_ranks() == 1:
+        return build_core(args.model, options)
+    ds_comm.init_distributed()
+    model, tokenizer = read_model(Path(args.model), options)
+    apply_tensor_parallel(model)
+    return build_core(model, options, tokenizer)
+
+
+def _options(args: argparse.Namespace) -> ServingOptions:
+    return ServingOptions(
         dtype=args.dtype,
         device=args.device,
         quantization=args.quantization,
