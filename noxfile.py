@@ -155,7 +155,7 @@ def examples(session: nox.Session) -> None:
 def docs(session: nox.Session) -> None:
     """Every fenced block of the READMEs and of docs/."""
     install(session, *from_checkout("deepspeed"), "pytest>=8")
-    install(session, *from_checkout("ds-inference[serve]"), "transformers", "openai", "accelerate")
+    install(session, *from_checkout("ds-inference[serve]"), "transformers", "openai", "accelerate", "peft")
     session.run("python", "tools/run_docs.py", *session.posargs, env=ENVIRONMENT)
 
 
