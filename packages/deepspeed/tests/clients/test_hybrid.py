@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from ds_inference import CapacityError
 pytest.importorskip("transformers")
 
 STEPS = 4
+ranks = partial(run_ranks, timeout=240)  # the first call imports the clients, which takes long on a busy machine
 
 
 def config(stage: int, dtype: str = "fp32", **hybrid: Any) -> dict[str, Any]:
@@ -125,7 +127,7 @@ def test_a_loop_of_rollouts_is_a_plain_loop(kind: str, stage: int, num_ranks: in
     if kind.endswith("peft"):
         pytest.importorskip("peft")
     folder = str(tmp_path) if kind == "llama" else None
-    found = run_ranks(rollouts, num_ranks, kind, stage, folder)
+    found = ranks(rollouts, num_ranks, kind, stage, folder)
     tokens, losses = plain_rollouts(kind, num_ranks)
     for rank, seen in enumerate(found):
         assert seen["tokens"] == tokens[rank]
@@ -136,7 +138,7 @@ def test_a_loop_of_rollouts_is_a_plain_loop(kind: str, stage: int, num_ranks: in
 
 @pytest.mark.parametrize("transport", ["shm", "gloo"])
 def test_bf16_generates_as_the_inference_engine_does(transport: Any) -> None:
-    found = run_ranks(bf16_rollouts, 2, transport=transport)
+    found = ranks(bf16_rollouts, 2, transport=transport)
     first = found[0]["weights"]
     assert not torch.equal(first[0]["lm_head.weight"], first[1]["lm_head.weight"])
     for rank, seen in enumerate(found):
@@ -198,14 +200,14 @@ def differing_ranks(kind: str) -> tuple[list[Any], dict[str, int], dict[str, int
 @pytest.mark.parametrize("kind", ["llama", "gptneox"])
 @pytest.mark.parametrize("transport", ["shm", "gloo"])
 def test_one_gather_per_rollout_and_nothing_within(kind: str, transport: Any) -> None:
-    found = run_ranks(differing_ranks, 3, kind, transport=transport)
+    found = ranks(differing_ranks, 3, kind, transport=transport)
     for _, gathers, sharded in found:
         assert gathers == sharded and sharded
     assert len(found[1][0]) == 3 and len(found[2][0]) == 1
 
 
 def test_weights_are_shared_not_copied() -> None:
-    run_ranks(check_addresses, 2)
+    ranks(check_addresses, 2)
 
 
 def check_addresses() -> None:
@@ -292,6 +294,39 @@ def test_lora_is_fused_into_copies_and_dropped(llama: Any) -> None:
     engine.destroy()
 
 
+def test_adapters_that_change_in_a_rollout_are_fused_anew() -> None:
+    """PEFT's disable_adapter() is how the reference model is asked."""
+    pytest.importorskip("peft")
+    model, plain = with_lora(make("llama"), "peft"), with_lora(make("llama"), "peft").eval()
+    engine = make_engine(model, 3)
+    engine.eval()
+    tokens, kwargs = prompts(0, 0)[0][1:], {"do_sample": False, "max_new_tokens": 9}
+
+    def both() -> tuple[list[Any], Any]:
+        found, expected = (each.generate(input_ids=tokens, **kwargs).tolist() for each in (engine, plain))
+        assert found == expected
+        return found, engine.rollout.decoder
+
+    adapted, decoder = both()
+    with model.disable_adapter(), plain.disable_adapter():
+        reference, _ = both()
+    assert reference != adapted
+    again, _ = both()
+    same, last = both()
+    assert again == same == adapted and last is engine.rollout.decoder and last is not decoder
+    engine.destroy()
+
+
+def test_destroy_keeps_a_generate_of_the_models_own() -> None:
+    model = make("llama")
+    model.generate = own = model.generate
+    engine = make_engine(model, 1)
+    assert model.generate == engine.generate
+    engine.destroy()
+    engine.destroy()
+    assert model.generate is own
+
+
 def test_destroy_gives_the_model_back() -> None:
     model = make("llama")
     engine = make_engine(model, 1)
@@ -305,11 +340,10 @@ def test_destroy_gives_the_model_back() -> None:
 
 def test_what_the_decoder_does_not_do(llama: Any) -> None:
     llama.eval()
-    with pytest.raises(NotImplementedError, match="num_beams"):
-        answers(llama, 0, 0, num_beams=2)
-    kwargs = {"prompt_lookup_num_tokens": 2, "do_sample": False, "max_new_tokens": 5}
     tokens = prompts(0, 0)[0][1:]
-    assert llama.generate(tokens, **kwargs).tolist() == make("llama").eval().generate(tokens, **kwargs).tolist()
+    for kwargs in ({"prompt_lookup_num_tokens": 2, "do_sample": False}, {"num_beams": 3, "do_sample": False}):
+        expected = make("llama").eval().generate(tokens, **kwargs, max_new_tokens=5)
+        assert llama.generate(tokens, **kwargs, max_new_tokens=5).tolist() == expected.tolist()
     with pytest.raises(CapacityError, match="max_out_tokens is 64"):
         llama.generate(tokens, prompt_lookup_num_tokens=2, max_new_tokens=100)
 
@@ -321,3 +355,38 @@ def test_every_model_is_known_or_not() -> None:
         engine.create_inference_module()
         assert (engine.rollout.decoder is None) == (name == "gptneox")
         engine.destroy()
+
+
+# -- what others do around generation ----------------------------------------------------------------------------------
+
+
+def hooks_taken_out() -> list[Any]:
+    """As trl's `unwrap_model_for_generation`; each rank generates another number of tokens."""
+    from trl.models.utils import add_hooks, remove_hooks
+
+    rank, model = ds_comm.get_rank(), make("llama")
+    plain = {**config(3), "hybrid_engine": {"enabled": False}}
+    engine = deepspeed.initialize(model=model, model_parameters=model.parameters(), config=plain)[0]
+    ledger, found = ds_comm.communicator().ledger, []
+    for step in range(2):
+        model.eval()
+        with deepspeed.zero.GatheredParameters(model.parameters()):
+            remove_hooks(engine)
+            ledger.reset()
+            tokens = answers(model, rank, step)
+            assert not ledger.counts, f"generation communicated: {ledger.counts}"
+            add_hooks(engine)
+        model.train()
+        assert all(not unit.pinned for unit in engine.sharded.units)
+        engine.backward(loss_of(engine, tokens))
+        engine.step()
+        found.append(tokens.tolist())
+    return found
+
+
+@pytest.mark.parametrize("transport", ["shm", "gloo"])
+def test_trl_takes_the_hooks_out(transport: Any) -> None:
+    pytest.importorskip("trl")
+    found = ranks(hooks_taken_out, 2, transport=transport)
+    tokens, _ = plain_rollouts("llama", 2)
+    assert [rank[:2] for rank in found] == [rank[:2] for rank in tokens]

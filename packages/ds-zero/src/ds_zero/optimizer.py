@@ -49,6 +49,8 @@ class ZeroOptimizer(Optimizer):
         self.sharded = sharded
         self.config: ZeroConfig = sharded.config
         self.comm = sharded.comm
+        if sharded.hooks is not None:
+            self.parameter_offload = sharded.parameter_offload  # clients take it from here, if it is there
         self.reducer = GradientReducer(
             sharded.lanes(),
             self.comm,

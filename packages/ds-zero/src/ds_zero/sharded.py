@@ -7,6 +7,7 @@ the optimizer side (gradients, update) is `ZeroOptimizer`. Nothing here is proce
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -22,6 +23,7 @@ from ds_zero._unit import Unit, UnitStatus
 from ds_zero.blocks import Block
 from ds_zero.config import ZeroConfig
 from ds_zero.errors import LayoutError, ZeroStateError
+from ds_zero.handover import ParameterOffload
 from ds_zero.part import ModelPart
 from ds_zero.planning import StageParts, parameter_names, plan_units
 from ds_zero.state import PARAM, StateSegment, UpdateGate
@@ -283,6 +285,13 @@ class ShardedModel:
                 unit.pinned = False
                 unit.release()
 
+    @functools.cached_property
+    def parameter_offload(self) -> ParameterOffload:
+        """What clients of upstream switch gathering off with; AttributeError where no parameter is sharded."""
+        if self.hooks is None:
+            raise AttributeError("parameter_offload: parameters are sharded at stage 3 only")
+        return ParameterOffload(self.module, self.gather, self.release)
+
     def owns_hook(self, hook: Any) -> bool:
         """Whether a module's forward hook is one of those that gather and release; it changes no result."""
         return self.hooks is not None and getattr(hook, "__self__", None) is self.hooks
@@ -330,7 +339,7 @@ class ShardedModel:
                 if parameter.__dict__.pop("_zero_record", None) is not None:
                     parameter.__class__ = nn.Parameter
         self.units.clear()
-        for key in ("_zero_sharded", "_zero_optimizer"):  # the model may be sharded again
+        for key in ("_zero_sharded", "_zero_optimizer", "ds_external_parameters"):  # the model may be sharded again
             self.module.__dict__.pop(key, None)
 
 
