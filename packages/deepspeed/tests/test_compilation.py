@@ -10,10 +10,12 @@ from typing import Any
 
 import pipelines
 import pytest
+import test_tensor_parallel
 import torch
 from engines import WIDTH, Block, Net, make_config, make_engine, make_net, micro_batch, same, train, weights
 from torch import nn
 from torch._dynamo.backends.registry import lookup_backend
+from torch._inductor.exc import InductorError
 from torch.utils.checkpoint import checkpoint
 
 import deepspeed
@@ -143,6 +145,23 @@ def test_a_pipeline(stage: int, schedule: str) -> None:
         assert 1 <= graphs <= 2
 
 
+def tensor_parallel(policy: str | None, compiles: bool) -> list[float]:
+    config = test_tensor_parallel.config(2, 1, activation_checkpointing={"policy": policy})
+    engine = deepspeed.initialize(model=test_tensor_parallel.make(), config=config)[0]
+    if compiles:
+        engine.compile(backend="aot_eager")
+    losses = test_tensor_parallel.train(engine, 0, 2)[0]
+    engine.destroy()
+    torch._dynamo.reset()
+    return losses
+
+
+def test_tensor_parallel_blocks_compile_between_their_collectives() -> None:
+    expected = run_ranks(tensor_parallel, 2, None, False)
+    for policy in (None, "selective"):
+        assert run_ranks(tensor_parallel, 2, policy, True, timeout=300) == expected
+
+
 def test_a_pipeline_that_splits_backwards_is_refused() -> None:
     engine = pipelines.make_pipeline("plain", pipelines.make_config(0, "fp32", 2, pipeline={"schedule": "zb_h1"}), 1)
     with pytest.raises(DeepSpeedConfigError, match="zb_h1"):
@@ -153,7 +172,7 @@ def test_a_pipeline_that_splits_backwards_is_refused() -> None:
 def test_inductor_is_within_rounding() -> None:
     try:
         torch.compile(lambda x: x + 1)(torch.ones(3))
-    except torch._dynamo.exc.BackendCompilerFailed as error:
+    except (torch._dynamo.exc.BackendCompilerFailed, InductorError) as error:
         pytest.skip(f"inductor needs a C++ compiler here: {error}")
     losses, expected, _ = trained(3, None)
     torch._inductor.config.fallback_random = True  # draw dropout as eager does

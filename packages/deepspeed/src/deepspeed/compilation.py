@@ -44,6 +44,7 @@ class CompiledModel:
         self._options = options
         self._functions: dict[Function, Function] = {}
         self._before = _seconds_compiling()
+        _leave_alone("ds_comm")
         for module in self._modules:
             forward = block_forward(module)
             forward.compiler = self._compiled
@@ -64,6 +65,13 @@ class CompiledModel:
         for module in self._modules:
             block_forward(module).compiler = None
             restore_forward(module)
+
+
+def _leave_alone(package: str) -> None:
+    """Let Python make the calls into a package, between graphs: tensor-parallel blocks hold collectives."""
+    from torch._dynamo import trace_rules
+
+    trace_rules.add(package)
 
 
 def _seconds_compiling() -> float:
