@@ -252,6 +252,8 @@ def wrong_setups() -> list[str]:
 
     grid = PipeModelDataParallelTopology(num_pp=2, num_mp=2, num_dp=1)
     module = PipelineModule(LAYERS["plain"](), num_stages=2, loss_fn=loss_fn)
+    curriculum = {"enabled": True, "curriculum_type": "seqlen", "min_difficulty": 1, "max_difficulty": 2}
+    curriculum |= {"schedule_type": "custom"}
     return texts(
         start(num_stages=3),
         start(options={"topology": PipeDataParallelTopology(num_pp=2, num_dp=1)}),
@@ -262,13 +264,14 @@ def wrong_setups() -> list[str]:
         start(pipeline={"stages": 4}),
         start(train_batch_size=16),
         start(torch_autocast={"enabled": True, "dtype": "bfloat16"}),
+        start(curriculum_learning=curriculum),
         lambda: deepspeed.initialize(model=module, config=config_of(), mpu=module.mpu()),
     )
 
 
 def test_wrong_setups_say_what_is_wrong_on_all_ranks() -> None:
     for found in run_ranks(wrong_setups, 4):
-        ranks, small, model_axis, layers, unknown, chunks, stages, triangle, autocast, mpu = found
+        ranks, small, model_axis, layers, unknown, chunks, stages, triangle, autocast, lengths, mpu = found
         assert ranks.startswith("PipelineError: num_stages is 3, but there are 4 ranks")
         assert small.startswith("PipelineError: the topology has 2 ranks")
         assert model_axis.startswith("PipelineError") and "axis 'model'" in model_axis
@@ -278,6 +281,7 @@ def test_wrong_setups_say_what_is_wrong_on_all_ranks() -> None:
         assert stages.startswith("ConfigConflictError: pipeline.stages is 4")
         assert triangle.startswith("ConfigConflictError") and "data-parallel ranks = 2" in triangle
         assert autocast.startswith("DeepSpeedConfigError: torch_autocast")
+        assert lengths.startswith("DeepSpeedConfigError: curriculum_learning") and "CurriculumScheduler" in lengths
         assert mpu.startswith("DeepSpeedConfigError: mpu was given")
 
 
