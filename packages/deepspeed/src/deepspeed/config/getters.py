@@ -96,6 +96,7 @@ def _section(path: str) -> _Getter[dict[str, Any]]:
 
 _GONE = "the feature is not there (see the support table)"
 _LATER = "the feature comes later (see the support table)"
+_PASSES = "engine.compile() has no compiler passes"
 _ZERO = "zero_optimization"
 _STAGE3 = f"{_ZERO}.stage3_"
 
@@ -201,12 +202,12 @@ class ConfigGetters:
     # parallelism and compilation
     tensor_parallel_config = _optional("tensor_parallel", Section)
     autotp_size = _read("tensor_parallel.autotp_size", int)
-    is_deepcompile_enabled = _fixed(False, _LATER)
-    is_deepcompile_active = _fixed(False, _LATER)
-    compile_zero_optimization_stage = _fixed(False, _LATER)
-    compile_autosp = _fixed(False, _LATER)
-    compile_autotp = _fixed(False, _LATER)
-    uses_parallelization_pass_only = _fixed(False, _LATER)
+    is_deepcompile_enabled = _fixed(False, _PASSES)
+    is_deepcompile_active = _fixed(False, _PASSES)
+    compile_zero_optimization_stage = _fixed(False, _PASSES)
+    compile_autosp = _fixed(False, _PASSES)
+    compile_autotp = _fixed(False, _PASSES)
+    uses_parallelization_pass_only = _fixed(False, _PASSES)
 
     # checkpoints
     checkpoint_tag_validation_enabled = _from(
