@@ -96,7 +96,7 @@ CLIENT_TESTS = [
     "ds-inference/tests/decoder",
     "ds-inference/tests/hf",
     "ds-inference/tests/serve/test_llm.py",
-    "ds-inference/tests/serve/test_ranks.py",
+    "ds-inference/tests/serve/test_leading.py",
     "ds-inference/tests/serve/test_text.py",
     "ds-inference/tests/tp/test_models.py",
     "ds-kernels/tests/test_transformer.py",
