@@ -11,6 +11,7 @@ import torch
 
 import deepspeed
 import ds_comm
+from deepspeed.planner import plan_run
 from deepspeed.runtime.config import DeepSpeedConfig
 from deepspeed.runtime.sequence_parallel import parallel_state_sp
 from deepspeed.runtime.sequence_parallel.ulysses_sp import UlyssesSPDataLoaderAdapter
@@ -145,6 +146,12 @@ def test_the_config_alone_knows_how_many_batches_are_read(monkeypatch: pytest.Mo
     monkeypatch.setenv("WORLD_SIZE", "8")
     config = {"train_micro_batch_size_per_gpu": 1, "sequence_parallel_size": 4}
     assert DeepSpeedConfig(config).train_batch_size == 2
+
+
+def test_a_plan_is_of_data_parallel_ranks() -> None:
+    workload = SimpleNamespace(model=Sum())
+    with pytest.raises(ValueError, match=r"sequence_parallel_size is 4: a plan knows data-parallel ranks only"):
+        plan_run(workload, {"train_micro_batch_size_per_gpu": 1, "sequence_parallel_size": 4}, world=8)
 
 
 def deal() -> list[dict[str, Any]]:

@@ -90,6 +90,11 @@ def plan_run(workload: Workload, config: ConfigSource, *, world: int, device: st
             f"tensor_parallel.autotp_size is {resolved.tensor_parallel.autotp_size}: a plan knows data-parallel ranks"
             " only; plan the model of one tensor-parallel rank without that section"
         )
+    if (resolved.sequence_parallel_size or 1) > 1:
+        raise DeepSpeedConfigError(
+            f"sequence_parallel_size is {resolved.sequence_parallel_size}: a plan knows data-parallel ranks only; leave"
+            " the key out and plan the tokens that one rank has of each sequence"
+        )
     model, settings, notes = workload.model, zero_config(resolved), []
     trained = [p for p in model.parameters() if p.requires_grad]
     groups: dict[nn.Parameter, int] = {}
