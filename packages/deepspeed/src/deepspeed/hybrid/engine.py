@@ -46,6 +46,7 @@ class DeepSpeedHybridEngine(DeepSpeedEngine):
             )
         super().__init__(model, config, **arguments)
         self.rollout = Rollout(model, self.sharded, config.hybrid_engine)
+        self._replaced = vars(model).get("generate")
         if hasattr(model, "generate"):
             model.__dict__["generate"] = self.generate
         if isinstance(self.optimizer, ds_zero.ZeroOptimizer):
@@ -80,7 +81,6 @@ class DeepSpeedHybridEngine(DeepSpeedEngine):
         ranks may generate other lengths, other shapes, or nothing.
 
         Raises:
-            NotImplementedError: num_beams above 1.
             RequestError (a ValueError): an empty prompt, or a mask of another shape.
             CapacityError (a RuntimeError): prompt and new tokens are more than `hybrid_engine.max_out_tokens`.
             AttributeError: the model generates nothing.
@@ -139,7 +139,11 @@ class DeepSpeedHybridEngine(DeepSpeedEngine):
     def destroy(self) -> None:
         """End a rollout, give the model its own `generate` back, and what the training engine does."""
         self.rollout.end()
-        self.module.__dict__.pop("generate", None)
+        attributes = vars(self.module)
+        if attributes.get("generate") == self.generate:
+            del attributes["generate"]
+            if self._replaced is not None:
+                attributes["generate"] = self._replaced
         super().destroy()
 
 

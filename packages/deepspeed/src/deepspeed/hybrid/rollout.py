@@ -25,9 +25,9 @@ from torch import nn
 import ds_zero
 from deepspeed.config.model_runtime import HybridEngine
 from deepspeed.utils.logging import logger
-from ds_inference.decoder import Borrowing, Decoder, read_decoder
+from ds_inference.decoder import Borrowing, Decoder, adapters_of, read_decoder
 from ds_inference.errors import CapacityError, ModelError
-from ds_inference.generate_call import asked, check_request, longest_prompt, other_loop, with_loop
+from ds_inference.generate_call import asked, longest_prompt, other_loop, with_loop
 from ds_inference.generation import DecodeLoop
 from ds_inference.inject.check import Probe
 
@@ -54,6 +54,7 @@ class Rollout:
         self._checked = self._refused = False
         self._last: tuple[int, int] | None = None
         self._told: set[str] = set()
+        self._adapters: tuple[Any, ...] = ()
 
     @property
     def decoder(self) -> Decoder | None:
@@ -105,6 +106,7 @@ class Rollout:
             with torch.inference_mode(False), torch.no_grad():
                 decoder = self._read()
             if decoder is not None:
+                self._adapters = adapters_of(self._model)
                 self._loop = DecodeLoop(decoder, self._config.max_out_tokens, where=_WHERE)
 
     def _read(self) -> Decoder | None:
@@ -134,7 +136,6 @@ class Rollout:
         started = time.perf_counter()
         if kwargs.pop("synced_gpus", None):
             self._tell("synced_gpus has no effect: the model is gathered, and ranks do not wait for each other")
-        check_request(self._model, inputs, kwargs, self._config.max_out_tokens, _WHERE)
         with _evaluating(self._model):
             try:
                 return self._generate(inputs, kwargs)
@@ -145,12 +146,16 @@ class Rollout:
 
     def _generate(self, inputs: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         assert self._own is not None
+        longest_prompt(inputs, kwargs)  # raises for what is no prompt, whichever loop would get it
+        if self._loop is not None and adapters_of(self._model) != self._adapters:
+            self.forget()  # such as inside of PEFT's disable_adapter()
         self.read()
         loop = self._loop
         if loop is not None:
             inner: Any = self._inner
             generate = self._own if inner is self._model else inner.generate
-            reason = other_loop(inner, generate, kwargs)
+            beams = asked(inner, kwargs, "num_beams") or 1
+            reason = "num_beams above 1" if beams > 1 else other_loop(inner, generate, kwargs)
             if reason is None:
                 found = generate(*inputs, **with_loop(kwargs, loop))
                 self._last = loop.kept_size or self._last
