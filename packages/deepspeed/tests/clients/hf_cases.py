@@ -111,6 +111,17 @@ def full(folder: Path, out: Path, config: Any, **options: Any) -> Any:
     return make_trainer(load(folder), args)
 
 
+def kernels(folder: Path, out: Path, config: Any, **options: Any) -> Any:
+    """One line more: fused norms, MLPs, attention and loss, also where the model lies in shards."""
+    import ds_kernels
+
+    args = arguments(out, config, **options)
+    model = load(folder)
+    if config is not None:
+        assert ds_kernels.apply_kernels(model).replaced
+    return make_trainer(model, args)
+
+
 def resize(folder: Path, out: Path, config: Any, **options: Any) -> Any:
     """The embedding grows and shrinks again while it lies in shards."""
     args = arguments(out, config, **options)
@@ -173,6 +184,7 @@ def smollm2(folder: Path, out: Path, config: Any, **options: Any) -> Any:
 
 TRAINERS: dict[str, Callable[..., Any]] = {
     "full": full,
+    "kernels": kernels,
     "resize": resize,
     "lora": lora,
     "sft": sft,

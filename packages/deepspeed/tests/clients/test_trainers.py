@@ -58,6 +58,8 @@ CASES = [
     ("dpo", 2, {}, 1e-4),
     ("dpo", 3, {}, 1e-4),
     ("resize", 3, {}, 1e-5),
+    ("kernels", 2, {}, 1e-5),
+    ("kernels", 3, {}, 1e-5),
     ("full", 2, {"torch_compile": True, "torch_compile_backend": "aot_eager"}, 1e-5),
     ("full", 3, {"torch_compile": True, "torch_compile_backend": "aot_eager"}, 1e-5),
 ]
@@ -68,7 +70,7 @@ def test_two_ranks_train_as_one_process_does(
     kind: str, stage: int, options: dict[str, Any], tolerance: float, folder: Path, plain: Any, tmp_path: Path
 ) -> None:
     pytest.importorskip(NEEDS.get(kind, "transformers"))
-    expected = plain("full" if kind == "resize" else kind, **options)
+    expected = plain("full" if kind in ("resize", "kernels") else kind, **options)
     config = hf_cases.ds_config(stage)
     found, _ = run_ranks(hf_cases.train, 2, kind, folder, tmp_path, config, **options, timeout=RANKS_TIMEOUT)
     assert (found["world"], found["engine"]) == (2, "DeepSpeedEngine")

@@ -7,6 +7,7 @@ way; their output has `logits=None`, for the logits were never there. Everything
 
 from __future__ import annotations
 
+import inspect
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -78,9 +79,15 @@ def causal_lm(backbone: str, output: str) -> Callable[[Any, Forward], Forward]:
                 attentions=found.attentions,
             )  # fmt: skip
 
-        return forward
+        return _as_declared(forward, original)
 
     return make
+
+
+def _as_declared(forward: Forward, original: Forward) -> Forward:
+    """`forward` with the signature of `original`: transformers' Trainer drops columns that it does not find there."""
+    forward.__signature__ = inspect.signature(original)  # type: ignore[attr-defined]
+    return forward
 
 
 def _causal_loss(head: Any, hidden: Tensor, labels: Tensor, options: dict[str, Any]) -> Tensor:
@@ -115,4 +122,4 @@ def masked_lm(_model: Any, original: Forward) -> Forward:
             hidden_states=found.hidden_states, attentions=found.attentions,
         )  # fmt: skip
 
-    return forward
+    return _as_declared(forward, original)
