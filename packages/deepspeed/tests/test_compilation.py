@@ -320,4 +320,8 @@ def test_what_is_refused_says_what_to_do() -> None:
     with pytest.raises(DeepSpeedConfigError, match=r"register_compile_pass.*backend="):
         engine.register_compile_pass("mine", lambda graph: graph)
     assert not engine.is_compiled
+    engine.compile(backend="eager")
+    with pytest.raises(DeepSpeedConfigError, match="inductr"):
+        engine.compile(backend="inductr")
+    assert not engine.is_compiled  # the blocks run as they are, and the engine says so
     assert deepspeed.runtime.compiler.is_compile_supported()

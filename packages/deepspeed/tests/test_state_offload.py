@@ -112,10 +112,11 @@ def test_what_cannot_be_moved_is_said(caplog: pytest.LogCaptureFixture, tmp_path
     with caplog.at_level("INFO", logger="DeepSpeed"):
         engine.offload_states()
         assert "in host memory already" in caplog.text
-    with pytest.raises(ValueError, match="optimizer_states"):
+    with pytest.raises(ValueError, match="include has 'optimizer_states'; expected optim_states or hp_params"):
         engine.offload_states(include=["optimizer_states"])
-    with pytest.raises(ValueError, match="expected cpu or nvme"):
-        engine.offload_states(device="none")
+    for device in ("none", "disk", None):
+        with pytest.raises(ValueError, match=f"device has {device!r}; expected cpu or nvme"):
+            engine.offload_states(device=device)
     with pytest.raises(OSError, match="missing"):
         engine.offload_states(device="nvme")
     assert one_step(engine, 1) > 0  # nothing was lost

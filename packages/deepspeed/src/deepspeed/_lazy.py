@@ -90,7 +90,7 @@ def _module_reason(below: str) -> str | None:
 
 
 class AbsentModules:
-    """The last finder of `sys.meta_path`: `import deepspeed.moe` raises the sentence that says what replaces it."""
+    """The last finder of `sys.meta_path`: `import deepspeed.nvme` raises the sentence that says what replaces it."""
 
     def find_spec(self, fullname: str, path: Any = None, target: ModuleType | None = None) -> None:
         """Find nothing, and say why when upstream has the module.

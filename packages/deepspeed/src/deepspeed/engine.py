@@ -385,8 +385,9 @@ class DeepSpeedEngine(ConfigGetters, CurriculumMethods, StateOffloading, nn.Modu
         Raises:
             DeepSpeedConfigError (ValueError): a refused argument, or an unknown backend.
         """
-        if self.compiled is not None:
-            self.compiled.close()
+        previous, self.compiled = self.compiled, None
+        if previous is not None:
+            previous.close()
         self.compiled = compile_model(
             self.module,
             self._sharding().get("units"),

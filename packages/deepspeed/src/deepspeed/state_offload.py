@@ -18,7 +18,7 @@ from __future__ import annotations
 import ctypes
 import tempfile
 from collections.abc import Iterable, Iterator
-from typing import IO, Any
+from typing import IO, Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -30,6 +30,8 @@ from deepspeed.runtime.zero.offload_config import OffloadDeviceEnum, OffloadStat
 from deepspeed.utils.logging import log_dist
 
 __all__ = ["OffloadedState", "StateOffloading"]
+
+Name = TypeVar("Name", OffloadDeviceEnum, OffloadStateTypeEnum)
 
 
 class OffloadedState:
@@ -119,6 +121,14 @@ def _memory(flat: Tensor) -> memoryview:
     return memoryview((ctypes.c_char * flat.numel()).from_address(flat.data_ptr())).cast("B")
 
 
+def _chosen(names: type[Name], value: Any, argument: str) -> Name:
+    """The member of an enumeration; ValueError for anything else, and for "none"."""
+    known = [name.value for name in names if name.value != "none"]
+    if value not in known:
+        raise ValueError(f"offload_states: {argument} has {value!r}; expected {' or '.join(known)}")
+    return names(value)
+
+
 class StateOffloading:
     """The engine's methods; see `DeepSpeedEngine`."""
 
@@ -146,10 +156,9 @@ class StateOffloading:
         Raises:
             ValueError: an unknown state or device. ZeroStateError: there is no optimizer. OSError: no room in files.
         """
-        wanted = {OffloadStateTypeEnum(kind) for kind in (OffloadStateTypeEnum if include is None else include)}
-        where = OffloadDeviceEnum(getattr(device, "type", device))
-        if where is OffloadDeviceEnum.none:
-            raise ValueError('offload_states: device is "none"; expected cpu or nvme')
+        kinds = OffloadStateTypeEnum if include is None else include
+        wanted = {_chosen(OffloadStateTypeEnum, kind, "include") for kind in kinds}
+        where = _chosen(OffloadDeviceEnum, getattr(device, "type", device), "device")
         if not isinstance(self.optimizer, ds_zero.ZeroOptimizer):
             raise ds_zero.ZeroStateError("offload_states needs an optimizer; there are no states without one")
         staying = sorted(kind.value for kind in wanted - {OffloadStateTypeEnum.optim_states})
