@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ import ds_comm
 import ds_inference
 from ds_comm.testing import run_ranks
 from ds_inference import CapacityError
+from ds_zero import ZeroStateError
 
 pytest.importorskip("transformers")
 
@@ -322,6 +324,8 @@ def test_destroy_keeps_a_generate_of_the_models_own() -> None:
     model.generate = own = model.generate
     engine = make_engine(model, 1)
     assert model.generate == engine.generate
+    with pytest.raises(ZeroStateError, match="copy it before"):
+        copy.deepcopy(model)
     engine.destroy()
     engine.destroy()
     assert model.generate is own

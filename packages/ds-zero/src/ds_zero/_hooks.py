@@ -31,7 +31,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -40,6 +40,7 @@ from torch.compiler import is_dynamo_compiling
 from ds_comm import Work
 from ds_zero._unit import Unit, UnitStatus
 from ds_zero.config import ZeroConfig
+from ds_zero.errors import ZeroStateError
 from ds_zero.trace import OrderHint
 
 __all__ = ["GatherHooks", "WatchedParameters", "output_tensors"]
@@ -63,6 +64,14 @@ def output_tensors(value: Any) -> Iterator[Tensor]:
 def in_backward() -> bool:
     """Whether autograd is executing on this thread (a recompute, Note [Recompute])."""
     return bool(torch._C._current_graph_task_id() != -1)
+
+
+def refuse_copy(name: str) -> NoReturn:
+    """ZeroStateError: copy.deepcopy of a model of this class at stage 3."""
+    raise ZeroStateError(
+        f"copy.deepcopy of a {name} whose parameters are sharded (stage 3): the copy would have none of them; copy it"
+        " before it is sharded, or load its gathered state dict into a new one"
+    )
 
 
 class _Forward:
@@ -123,6 +132,9 @@ class GatherHooks:
         for module in hooked:
             self._handles.append(module.register_forward_pre_hook(self._before_forward, prepend=True))
             self._handles.append(module.register_forward_hook(self._after_forward, always_call=True))
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> NoReturn:
+        refuse_copy("module")
 
     def _watch(self, model: nn.Module) -> None:
         self._watched = [module for module in model.modules() if module._parameters]

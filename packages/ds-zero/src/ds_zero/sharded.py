@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from ds_comm import Communicator
 from ds_zero._flat import FlatMemory
-from ds_zero._hooks import GatherHooks
+from ds_zero._hooks import GatherHooks, refuse_copy
 from ds_zero._param import adopt, mark_gathered, mark_released, record_of
 from ds_zero._unit import Unit, UnitStatus
 from ds_zero.blocks import Block
@@ -106,6 +106,20 @@ class SpentHome:
         return None
 
 
+class _RootHook:
+    """The forward hook of a model whose parameters are whole; in a copy of the model it does nothing."""
+
+    def __init__(self, begin_forward: Callable[[], None] | None) -> None:
+        self._begin_forward = begin_forward
+
+    def __call__(self, module: nn.Module, args: Any) -> None:
+        if self._begin_forward is not None:
+            self._begin_forward()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _RootHook:
+        return _RootHook(None)
+
+
 class ShardedModel:
     """Units and hooks of one model. See `shard()` for the arguments' meaning."""
 
@@ -152,7 +166,13 @@ class ShardedModel:
             self.hooks = GatherHooks(model, merge_owners(owners), sharded, config, begin_forward)
             self._adopt()
         else:
-            self._root_hook = model.register_forward_pre_hook(lambda module, args: begin_forward(), prepend=True)
+            self._root_hook = model.register_forward_pre_hook(_RootHook(begin_forward), prepend=True)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> None:
+        """Nothing: a copy of the model is an ordinary one. ZeroStateError at stage 3, where it would be empty."""
+        if self.parts.params:
+            refuse_copy(type(self.module).__name__)
+        memo[id(self.module.__dict__.get("_zero_optimizer"))] = None
 
     @property
     def duplicate_names(self) -> frozenset[str]:

@@ -15,7 +15,7 @@ import contextlib
 import os
 import time
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NoReturn
 
 from torch import nn
 
@@ -52,6 +52,12 @@ class DeepSpeedHybridEngine(DeepSpeedEngine):
         if isinstance(self.optimizer, ds_zero.ZeroOptimizer):
             self.optimizer.register_step_pre_hook(lambda *_: self.rollout.end())
         self.add_callback(_LatencyLog(self.rollout, config.steps_per_print))
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> NoReturn:
+        raise ds_zero.ZeroStateError(
+            f"copy.deepcopy of a {type(self.module).__name__} that generates by its hybrid engine; copy it before"
+            " deepspeed.initialize, or load its gathered state dict into a new one"
+        )
 
     # -- training and rollout --------------------------------------------------------------------------------------
 
