@@ -87,6 +87,7 @@ def ds_config() -> dict[str, Any]:
             "type": "AdamW",
             "params": {"lr": "auto", "betas": "auto", "eps": "auto", "weight_decay": "auto"},
         },
+        **({"kernels": {"enabled": True}} if SPEC.get("kernels") else {}),
     }
 
 
@@ -113,10 +114,6 @@ def train() -> None:
     )
     begun = time.perf_counter()
     model = AutoModelForCausalLM.from_pretrained(folder / "smollm2", dtype=models.DTYPES[SPEC["dtype"]])
-    if SPEC.get("kernels"):
-        import ds_kernels
-
-        ds_kernels.apply_kernels(model)
     tokens = torch.load(folder / "smollm2.tokens.pt", weights_only=True)
     rows = tokens[: len(tokens) // shape.length * shape.length].view(-1, shape.length)
     ready = {

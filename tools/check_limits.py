@@ -33,7 +33,7 @@ SOURCES = ("packages/*/src/**/*.py", "tools/*.py", "examples/**/*.py", "benchmar
 EXCEPTIONS: dict[tuple[str, str, str], int] = {
     # The engine's surface is what existing scripts and clients call; its getters come from a table, the rest is here.
     ("packages/deepspeed/src/deepspeed/engine.py", "DeepSpeedEngine", "methods"): 45,
-    ("packages/deepspeed/src/deepspeed/engine.py", "DeepSpeedEngine", "attributes"): 35,  # scripts read them
+    ("packages/deepspeed/src/deepspeed/engine.py", "DeepSpeedEngine", "attributes"): 36,  # scripts read them
     # The main job: one file, read in one go, that shows the whole way.
     ("examples/finetune_smollm2.py", "", "lines"): FILE_LINES,
 }

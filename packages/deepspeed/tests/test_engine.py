@@ -414,8 +414,9 @@ def test_steps_per_print_logs_every_so_often(deepspeed_log: pytest.LogCaptureFix
     assert [line.partition(",")[0] for line in lines] == ["step=2", "step=4"]
 
 
-def test_infinite_steps_per_print_never_logs(deepspeed_log: pytest.LogCaptureFixture) -> None:
-    train(make_engine(make_config(0, steps_per_print=float("inf"))), range(3))
+@pytest.mark.parametrize("never", [float("inf"), 0])
+def test_steps_per_print_may_be_never(never: float, deepspeed_log: pytest.LogCaptureFixture) -> None:
+    train(make_engine(make_config(0, steps_per_print=never)), range(3))
     assert "step=" not in logged(deepspeed_log)
 
 

@@ -33,7 +33,7 @@ from deepspeed.moe.marks import engine_has_moe_layers
 from deepspeed.monitor.monitor import MonitorMaster
 from deepspeed.progress import BACKWARD, FORWARD, STEP, progress_listeners
 from deepspeed.sequence.ranks import DataRanks, is_model_parallel
-from deepspeed.settings import recompute_plan
+from deepspeed.settings import fused_kernels, recompute_plan
 from deepspeed.state_offload import StateOffloading
 from deepspeed.tensor_parallel import applied_to, model_part
 from deepspeed.timers import NoopTimer, SynchronizedWallClockTimer, ThroughputTimer
@@ -52,6 +52,7 @@ class DeepSpeedEngine(ConfigGetters, CurriculumMethods, StateOffloading, nn.Modu
         global_steps, global_samples, micro_steps, skipped_steps: counters since the beginning of training.
         callbacks: listeners (`deepspeed.events.Callback`). compiled: what `compile` did, None before.
         recompute: what `activation_checkpointing.policy` makes of the blocks, None without it.
+        kernels: what the section `kernels` replaced in the model, None without it.
     """
 
     splits_backward = False
@@ -91,6 +92,7 @@ class DeepSpeedEngine(ConfigGetters, CurriculumMethods, StateOffloading, nn.Modu
         self._boundary: bool | None = None
         self._backward_pending = False
         self.compiled: CompiledModel | None = None
+        self.kernels = fused_kernels(config, self.module)
         _, zero_optimizer = ds_zero.shard(
             self.module, optimizer, config=zero_config(config), group=group, **self._sharding()
         )
@@ -530,6 +532,9 @@ class DeepSpeedEngine(ConfigGetters, CurriculumMethods, StateOffloading, nn.Modu
         if self.zero_optimization_stage() < 3:
             self.sharded.close()
         self.sharded.detach()
+        if self.kernels is not None:
+            self.kernels.undo()
+            self.kernels = None  # a second call finds nothing to undo
         if groups.mpu is self.mpu:
             groups.mpu = groups.mesh_device = None
 

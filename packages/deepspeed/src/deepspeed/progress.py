@@ -25,7 +25,7 @@ PHASES = [FORWARD, BACKWARD, TRAIN_BATCH, STEP]
 
 
 class ProgressLog(Callback):
-    """One line every `every` steps (None or infinity: never).
+    """One line every `every` steps (None, infinity or 0: never).
 
     Args:
         timers: stopwatches whose times since the last line are logged as well; with no `every`, after each step.
@@ -40,7 +40,7 @@ class ProgressLog(Callback):
         if self.every is None:
             if self.timers is not None:
                 self.timers.log(PHASES)
-        elif engine.global_steps % self.every == 0:
+        elif self.every and engine.global_steps % self.every == 0:
             log_dist(
                 f"step={engine.global_steps}, skipped={engine.skipped_steps}, lr={engine.get_lr()},"
                 f" mom={engine.get_mom()}",

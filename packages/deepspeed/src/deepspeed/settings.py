@@ -1,5 +1,5 @@
 """The parts of a config that hold for the whole process, not for one engine: log level, communication log,
-checkpointing; and the policy of recomputation, which is a model's.
+checkpointing; and what is done to a model: the policy of recomputation, and kernels.
 
 `initialize` calls `apply_settings` once per engine; the last engine that says something about a setting wins, and one
 that says nothing leaves it alone.
@@ -15,9 +15,10 @@ from deepspeed.comm import log as comm_log
 from deepspeed.config.resolved import ResolvedConfig
 from deepspeed.runtime.activation_checkpointing import checkpointing
 from deepspeed.runtime.activation_checkpointing.policy import RecomputePlan
-from deepspeed.utils.logging import set_log_level_from_string
+from deepspeed.utils.logging import log_dist, set_log_level_from_string
+from ds_kernels.patch import Applied, apply_kernels
 
-__all__ = ["apply_settings", "recompute_plan"]
+__all__ = ["apply_settings", "fused_kernels", "recompute_plan"]
 
 
 def apply_settings(config: ResolvedConfig, mpu: Any = None) -> None:
@@ -47,3 +48,18 @@ def recompute_plan(config: ResolvedConfig, model: nn.Module, units: Any) -> Reco
     return checkpointing.apply_policy(
         model, policy, interval=section.policy_interval, budget=section.policy_budget, units=units
     )
+
+
+def fused_kernels(config: ResolvedConfig, model: nn.Module) -> Applied | None:
+    """Put the section `kernels` into effect on a model; None where it is not enabled.
+
+    Raises:
+        ds_kernels.PatchError: the model has no module of a known family, or has kernels already.
+    """
+    if not config.kernels.enabled:
+        return None
+    applied = apply_kernels(model, only=config.kernels.only)
+    counts = ", ".join(f"{len(names)} {kernel}" for kernel, names in applied.replaced.items()) or "none"
+    left = "".join(f"; {name} left alone: {why}" for name, why in applied.skipped.items())
+    log_dist(f"kernels: {counts}{left}", ranks=[0])
+    return applied

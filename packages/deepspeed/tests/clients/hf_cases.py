@@ -112,14 +112,10 @@ def full(folder: Path, out: Path, config: Any, **options: Any) -> Any:
 
 
 def kernels(folder: Path, out: Path, config: Any, **options: Any) -> Any:
-    """One line more: fused norms, MLPs, attention and loss, also where the model lies in shards."""
-    import ds_kernels
-
-    args = arguments(out, config, **options)
-    model = load(folder)
+    """One key more: fused norms, MLPs, attention and loss, also where the model lies in shards."""
     if config is not None:
-        assert ds_kernels.apply_kernels(model).replaced
-    return make_trainer(model, args)
+        config = {**config, "kernels": {"enabled": True}}
+    return make_trainer(load(folder), arguments(out, config, **options))
 
 
 def resize(folder: Path, out: Path, config: Any, **options: Any) -> Any:

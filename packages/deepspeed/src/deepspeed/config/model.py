@@ -31,6 +31,7 @@ from deepspeed.config.model_runtime import (
     Compile,
     ExpertParallel,
     HybridEngine,
+    Kernels,
     Pipeline,
     TensorParallel,
 )
@@ -150,6 +151,8 @@ class ConfigModel(Section):
     """Compiler passes."""
     hybrid_engine: HybridEngine = HybridEngine()
     """Training and generation in turn."""
+    kernels: Kernels = Kernels()
+    """Fused operations in the model."""
     data_efficiency: DataEfficiency = DataEfficiency()
     """Choice of samples and tokens."""
     curriculum_learning: LegacyCurriculum = LegacyCurriculum()

@@ -1,8 +1,8 @@
 """Sections about how a step runs and what is stored: activation checkpointing, checkpoints, and the forms of
 parallelism beyond ZeRO.
 
-`pipeline`, `tensor_parallel`, `expert_parallel`, `compile` and `hybrid_engine` are closed like the others, so that a
-misspelt key is found even where the feature itself is not there yet (see `support`).
+`pipeline`, `tensor_parallel`, `expert_parallel`, `compile`, `hybrid_engine` and `kernels` are closed like the others,
+so that a misspelt key is found even where the feature itself is not there yet (see `support`).
 """
 
 from __future__ import annotations
@@ -292,3 +292,12 @@ class HybridEngine(Section):
     """Parameters per gather."""
     enable_cuda_graph: bool = False
     """Use CUDA graphs."""
+
+
+class Kernels(Section):
+    """Fused operations in a Hugging Face model's modules (docs/ds-kernels.md); `destroy` takes them out again."""
+
+    enabled: bool = False
+    """Put them in. Results stay within the rounding of the model's dtype."""
+    only: tuple[Literal["norm", "mlp", "rope", "attention", "loss"], ...] = ("norm", "mlp", "rope", "attention", "loss")
+    """Which. With the loss, training steps that are given labels return no logits."""

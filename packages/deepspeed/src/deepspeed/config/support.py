@@ -226,9 +226,7 @@ SUPPORT: Mapping[str, Support] = MappingProxyType(
         "tensor_parallel.tp_overlap_comm": Support("no-op", "overlap never changes results"),
         "tensor_parallel.preset_model": Support("no-op", "the plan is made from names and shapes, for every family"),
         "tensor_parallel.keep_module_on_host": Support("unsupported", "give initialize a model on the CPU or on meta"),
-        "tensor_parallel.replace_with_kernel_inject": Support(
-            "unsupported", "use ds_kernels.patch.apply_kernels before initialize"
-        ),
+        "tensor_parallel.replace_with_kernel_inject": Support("unsupported", "use the section kernels"),
         "tensor_parallel.vocab_parallel_ce_backend": Support(
             "no-op", "logits are gathered before the loss, which is the model's own"
         ),
@@ -252,6 +250,7 @@ SUPPORT: Mapping[str, Support] = MappingProxyType(
         "hybrid_engine.pin_parameters": Support("no-op", "there is one kind of memory; weights are never copied to it"),
         "hybrid_engine.tp_gather_partition_size": Support("no-op", "a unit is gathered in one piece"),
         "hybrid_engine.enable_cuda_graph": Support("no-op", "decoding is one program per token, without graphs"),
+        "kernels.*": Support("works"),
         "data_efficiency.*": Support("unsupported", "comes with the data-efficiency tools"),
         "curriculum_learning.*": Support("works"),
         "compression_training": Support("unsupported", _GONE),

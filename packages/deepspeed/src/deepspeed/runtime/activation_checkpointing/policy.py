@@ -100,6 +100,8 @@ class _Block:
                 f" {self.plan.policy!r} of activation checkpointing has no effect on it; use one of the two"
             )
             return block.run(*args, **kwargs)
+        args = tuple(self._unless_cache(value) for value in args)
+        kwargs = {key: self._unless_cache(value) for key, value in kwargs.items()}
         self.plan.observe(self, block, args, kwargs)
         if self.mode == "none":
             return block.run(*args, **kwargs)
@@ -108,6 +110,16 @@ class _Block:
         if block.compiler is not None and block.compiles_checkpoints and block.compiles(args, kwargs):
             return block.compiler(self.plan.selective_of(block.function))(block.module, *args, **kwargs)
         return self.plan.checkpoint(block.plain, *args, context_fn=_contexts, **kwargs)
+
+    def _unless_cache(self, value: Any) -> Any:
+        """The argument; None for a cache of keys and values, to which a recomputed block would add them twice."""
+        if not (hasattr(value, "get_seq_length") and hasattr(value, "update")):
+            return value
+        warning_once(
+            f"activation checkpointing: {self.kind.__name__} is recomputed, so it trains without the"
+            f" {type(value).__name__} it is given; use_cache=False leaves that out from the start"
+        )
+        return None
 
 
 class RecomputePlan:
@@ -137,7 +149,7 @@ class RecomputePlan:
             )
         self._functions: dict[Function, Function] = {}
         self._sizes: dict[_Block, dict[Mode, int]] = {}
-        self._seen: dict[_Block, set[Any]] = {}
+        self._largest: dict[_Block, int] = {}
         self._blocks: list[_Block] = []
         for index, (name, module) in enumerate(self._modules.items()):
             chosen = index % interval == 0 and policy != "none"
@@ -174,12 +186,10 @@ class RecomputePlan:
         """A block is about to run on these arguments: with a larger input than before, decide anew."""
         if self.budget is None:
             return
-        tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
-        signature = tuple((leaf.shape, leaf.dtype, leaf.requires_grad) for leaf in tensors)
-        seen = self._seen.setdefault(block, set())
-        if signature in seen:
+        nbytes = sum(leaf.nbytes for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor))
+        if nbytes <= self._largest.get(block, -1):
             return
-        seen.add(signature)
+        self._largest[block] = nbytes
         sizes = _sizes_of(forward, args, kwargs)
         known = self._sizes.get(block)
         if known is None or sizes["none"] > known["none"]:
