@@ -18,6 +18,7 @@ from engines import WIDTH, Block, Net, make_config, make_engine, micro_batch, sa
 import deepspeed
 import ds_comm
 from deepspeed.errors import DeepSpeedConfigError
+from deepspeed.runtime.activation_checkpointing import policy
 from deepspeed.runtime.activation_checkpointing.policy import KeptBytes
 from ds_comm.testing import run_ranks
 
@@ -127,6 +128,21 @@ def kept_by(model: nn.Module, policy: Any) -> int:
     nbytes = kept.nbytes
     del loss
     return nbytes
+
+
+def test_shorter_inputs_are_not_measured_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, measured = Net(depth=3), []
+
+    def sizes_of(*_: Any) -> dict[str, int]:
+        measured.append(1)
+        return {"none": 9, "selective": 8, "full": 7}
+
+    monkeypatch.setattr(policy, "_sizes_of", sizes_of)
+    deepspeed.checkpointing.apply_policy(model, "budget", budget=2000)
+    for rows, runs in ((6, 1), (5, 1), (4, 1), (6, 1), (7, 2)):
+        x = torch.randn(rows, WIDTH)
+        model(x, x.sum(dim=1, keepdim=True))
+        assert len(measured) == runs * len(model.blocks)
 
 
 def test_a_budget_is_decided_anew_for_larger_inputs_and_too_small_a_one_is_said(
