@@ -100,6 +100,8 @@ class _Block:
                 f" {self.plan.policy!r} of activation checkpointing has no effect on it; use one of the two"
             )
             return block.run(*args, **kwargs)
+        args = tuple(self._unless_cache(value) for value in args)
+        kwargs = {key: self._unless_cache(value) for key, value in kwargs.items()}
         self.plan.observe(self, block, args, kwargs)
         if self.mode == "none":
             return block.run(*args, **kwargs)
@@ -108,6 +110,16 @@ class _Block:
         if block.compiler is not None and block.compiles_checkpoints and block.compiles(args, kwargs):
             return block.compiler(self.plan.selective_of(block.function))(block.module, *args, **kwargs)
         return self.plan.checkpoint(block.plain, *args, context_fn=_contexts, **kwargs)
+
+    def _unless_cache(self, value: Any) -> Any:
+        """The argument; None for a cache of keys and values, to which a recomputed block would add them twice."""
+        if not (hasattr(value, "get_seq_length") and hasattr(value, "update")):
+            return value
+        warning_once(
+            f"activation checkpointing: {self.kind.__name__} is recomputed, so it trains without the"
+            f" {type(value).__name__} it is given; use_cache=False leaves that out from the start"
+        )
+        return None
 
 
 class RecomputePlan:
