@@ -22,14 +22,6 @@ import ds_zero
 from ds_comm.testing import run_ranks
 from ds_zero.checkpoint import durable
 
-
-@pytest.fixture(autouse=True, scope="module")
-def world_of_one() -> Iterator[None]:
-    yield
-    if ds_comm.is_initialized():
-        ds_comm.destroy_process_group()
-
-
 WARMUP = {"type": "WarmupLR", "params": {"warmup_num_steps": 8, "warmup_max_lr": 0.02}}
 
 

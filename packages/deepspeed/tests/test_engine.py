@@ -19,14 +19,6 @@ import ds_zero
 from deepspeed.events import Callback
 from ds_comm.testing import run_ranks
 
-
-@pytest.fixture(autouse=True, scope="module")
-def world_of_one() -> Iterator[None]:
-    yield
-    if ds_comm.is_initialized():
-        ds_comm.destroy_process_group()
-
-
 # -- against plain torch ----------------------------------------------------------------------------------------------
 
 

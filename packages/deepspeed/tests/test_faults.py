@@ -10,7 +10,7 @@ import subprocess
 import sys
 import textwrap
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,13 +22,6 @@ from engines import make_config, make_engine, make_net, micro_batch, same, train
 import ds_comm
 import ds_zero
 from ds_comm.testing import Died, RankFailure, run_ranks
-
-
-@pytest.fixture(autouse=True, scope="module")
-def world_of_one() -> Iterator[None]:
-    yield
-    if ds_comm.is_initialized():
-        ds_comm.destroy_process_group()
 
 
 def text_of(error: BaseException) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -11,18 +10,10 @@ from engines import make_config, make_engine, make_net, same, train, weights
 from torch import nn
 
 import deepspeed
-import ds_comm
 from deepspeed.runtime.hybrid_engine import DeepSpeedHybridEngine
 from ds_comm.testing import run_ranks
 
 ON = {"enabled": True}
-
-
-@pytest.fixture(autouse=True, scope="module")
-def world_of_one() -> Iterator[None]:
-    yield
-    if ds_comm.is_initialized():
-        ds_comm.destroy_process_group()
 
 
 def trained(stage: int, **config: Any) -> dict[str, torch.Tensor]:

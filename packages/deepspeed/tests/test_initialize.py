@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import inspect
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -20,14 +19,6 @@ import deepspeed
 import ds_comm
 import ds_zero
 from ds_comm.testing import run_ranks
-
-
-@pytest.fixture(autouse=True, scope="module")
-def world_of_one() -> Iterator[None]:
-    yield
-    if ds_comm.is_initialized():
-        ds_comm.destroy_process_group()
-
 
 # -- the four-tuple ---------------------------------------------------------------------------------------------------
 

@@ -6,7 +6,6 @@ The files and the true values are ds-zero's fixtures (made by upstream itself); 
 from __future__ import annotations
 
 import tarfile
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,19 +14,11 @@ import torch
 from safetensors import safe_open
 
 import deepspeed
-import ds_comm
 import ds_zero
 
 DATA = Path(__file__).parents[2] / "ds-zero" / "tests" / "checkpoint" / "data"
 if not DATA.is_dir():
     pytest.skip("ds-zero's fixtures are not here", allow_module_level=True)
-
-
-@pytest.fixture(autouse=True, scope="module")
-def world_of_one() -> Iterator[None]:
-    yield
-    if ds_comm.is_initialized():
-        ds_comm.destroy_process_group()
 
 
 class Tiny(torch.nn.Module):
