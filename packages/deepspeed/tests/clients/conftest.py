@@ -1,16 +1,28 @@
-"""What the tests of clients share: a tiny model on disk, made once."""
+"""What the tests of clients share: a tiny model on disk, made once, and ranks that know nothing of earlier modules."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
+import hf_cases
 import pytest
 import torch
+
+from ds_comm.testing import run_ranks
 
 TINY = {
     "vocab_size": 64, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2,
     "num_key_value_heads": 1, "max_position_embeddings": 32, "tie_word_embeddings": True,
 }  # fmt: skip
+
+
+@pytest.fixture(autouse=True, scope="module")
+def nothing_remembered() -> Iterator[None]:
+    """Clients keep state in a process, some of it until garbage is collected: then only on one of the pool's ranks."""
+    yield
+    hf_cases.forget()
+    run_ranks(hf_cases.forget, 2)
 
 
 @pytest.fixture(scope="session")

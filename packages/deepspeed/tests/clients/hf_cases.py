@@ -9,6 +9,7 @@ the trainer is told to use it. Clients are imported where they are used: without
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -24,14 +25,24 @@ AUTO_OPTIMIZER = {
 }
 
 
+def forget() -> None:
+    """Drop what accelerate and transformers keep for the life of a process, such as that ZeRO-3 is on."""
+    if "accelerate" in sys.modules:
+        from accelerate.state import AcceleratorState, GradientState
+
+        AcceleratorState._reset_state(True)
+        GradientState._reset_state()
+    if "transformers" in sys.modules:
+        from transformers.integrations.deepspeed import unset_hf_deepspeed_config
+
+        unset_hf_deepspeed_config()
+
+
 def fresh(deepspeed: bool = True) -> None:
     """Make this process what it is when a script begins; with DeepSpeed also join the process group by gloo."""
-    from accelerate.state import AcceleratorState, GradientState, PartialState
-    from transformers.integrations.deepspeed import unset_hf_deepspeed_config
+    from accelerate.state import PartialState
 
-    AcceleratorState._reset_state(True)
-    GradientState._reset_state()
-    unset_hf_deepspeed_config()
+    forget()
     if deepspeed:
         os.environ["ACCELERATE_USE_DEEPSPEED"] = "true"
         PartialState(backend="gloo")

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from client_scripts import require
 from hybrid_models import MODELS, answers, loss_of, make, prompts, with_lora
 
 import deepspeed
@@ -170,7 +171,14 @@ def bf16_rollouts() -> dict[str, Any]:
 
 
 def differing_ranks(kind: str) -> tuple[list[Any], dict[str, int], dict[str, int]]:
-    """Rank 0 generates nothing, rank 1 three times, rank 2 raises in between; then all train."""
+    """Rank 0 generates nothing, rank 1 three times, rank 2 raises in between; then all train.
+
+    Transformers knows of ZeRO-3, as under its Trainer: by itself its `generate` would wait for the other ranks.
+    """
+    from transformers.integrations.deepspeed import HfDeepSpeedConfig, is_deepspeed_zero3_enabled
+
+    known = HfDeepSpeedConfig(config(3))
+    assert known.is_zero3() and is_deepspeed_zero3_enabled()
     rank, engine = ds_comm.get_rank(), make_engine(make(kind), 3)
     engine.backward(loss_of(engine, prompts(rank, 0)[0]))
     engine.step()
@@ -202,6 +210,7 @@ def differing_ranks(kind: str) -> tuple[list[Any], dict[str, int], dict[str, int
 @pytest.mark.parametrize("kind", ["llama", "gptneox"])
 @pytest.mark.parametrize("transport", ["shm", "gloo"])
 def test_one_gather_per_rollout_and_nothing_within(kind: str, transport: Any) -> None:
+    require("accelerate")
     found = ranks(differing_ranks, 3, kind, transport=transport)
     for _, gathers, sharded in found:
         assert gathers == sharded and sharded

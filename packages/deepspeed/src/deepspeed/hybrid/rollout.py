@@ -15,6 +15,7 @@ Models that the decoder does not know generate by their own `generate`, gathered
 from __future__ import annotations
 
 import contextlib
+import inspect
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -49,6 +50,7 @@ class Rollout:
         self.gather_seconds = self.generate_seconds = 0.0
         self._model, self._sharded, self._config = model, sharded, config
         self._own: Callable[..., Any] | None = getattr(model, "generate", None)
+        self._can_sync = _can_sync(model)
         self._inner = _causal_model(model)
         self._loop: DecodeLoop | None = None
         self._checked = self._refused = False
@@ -136,6 +138,8 @@ class Rollout:
         started = time.perf_counter()
         if kwargs.pop("synced_gpus", None):
             self._tell("synced_gpus has no effect: the model is gathered, and ranks do not wait for each other")
+        if self._can_sync:
+            kwargs["synced_gpus"] = False  # which transformers would take for granted under ZeRO-3
         with _evaluating(self._model):
             try:
                 return self._generate(inputs, kwargs)
@@ -200,6 +204,20 @@ def _causal_model(model: nn.Module) -> nn.Module | None:
         return None
     held = {id(parameter) for parameter in inner.parameters()}
     return inner if all(id(parameter) in held for parameter in model.parameters()) else None
+
+
+def _can_sync(model: nn.Module) -> bool:
+    """Whether the model's `generate`, or that of a model it hands its keywords on to, has ranks wait for each other."""
+    own = getattr(model, "generate", None)
+    if own is None:
+        return False
+    parameters = inspect.signature(own).parameters
+    if "synced_gpus" in parameters:
+        return True
+    hands_on = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
+    kinds = {kind for module in model.modules() for kind in type(module).__mro__}
+    verbs = (verb for verb in (vars(kind).get("generate") for kind in kinds) if callable(verb))
+    return hands_on and any("synced_gpus" in inspect.signature(verb).parameters for verb in verbs)
 
 
 @contextlib.contextmanager
